@@ -1,0 +1,60 @@
+"""The turn loop: customer and agent speak in turn, tools run in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from agent.endpoint import Completion, Endpoint, EndpointFailure
+from agent.protocol import DONE, agent_chat, customer_chat
+from agent.world import World
+from schemas.action import TOOLS, ActionError, ActionName, parse_action
+from schemas.company import Company, Scenario
+from schemas.traces import Message, Role
+
+MAX_STEPS = 16
+"""Agent steps after which a conversation is stopped: a loop guard, above what verify accepts."""
+
+
+@dataclass
+class Transcript:
+    """A conversation as held, what each message cost, and whether the endpoint failed in it."""
+
+    messages: list[Message] = field(default_factory=list)
+    costs: list[tuple[int, int]] = field(default_factory=list)
+    failure: str | None = None
+
+    def add(self, role: Role, content: str, completion: Completion | None = None) -> None:
+        self.messages.append(Message(role, content))
+        self.costs.append((completion.prompt_tokens, completion.completion_tokens) if completion else (0, 0))
+
+
+async def converse(company: Company, scenario: Scenario, world: World, teacher: Endpoint, customer: Endpoint, sample: int) -> Transcript:
+    """Hold one conversation.
+
+    It ends with a hand-off, when the customer has nothing more to say, when the agent's output is not a valid step (the
+    conversation would be rejected anyway, so no more is paid for it), or when an endpoint gives up.
+    """
+    transcript = Transcript()
+    steps = 0
+    try:
+        while steps < MAX_STEPS:
+            said = await customer.chat(customer_chat(company, scenario, transcript.messages), sample)
+            if DONE in said.text:
+                break
+            transcript.add(Role.CUSTOMER, said.text.strip(), said)
+            while steps < MAX_STEPS:
+                steps += 1
+                answer = await teacher.chat(agent_chat(company, transcript.messages), sample)
+                transcript.add(Role.AGENT, answer.text, answer)
+                try:
+                    action = parse_action(answer.text)
+                except ActionError:
+                    return transcript
+                if action.action is ActionName.ESCALATE:
+                    return transcript
+                if action.action not in TOOLS:
+                    break
+                transcript.add(Role.TOOL, world.run(action))
+    except EndpointFailure as failure:
+        transcript.failure = str(failure)
+    return transcript

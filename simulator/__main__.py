@@ -1,0 +1,36 @@
+"""`python -m simulator actors|judge`: stand in for the paid models on a free loopback port.
+
+Prints its address, stops when standard input closes. Reads data/companies/ and the `simulator` section of params.yaml.
+It is a simulator and is called so everywhere: nothing it produces is evidence about a real model.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from importlib import import_module
+from pathlib import Path
+
+import uvicorn
+import yaml
+
+from schemas.company import load_companies
+from simulator.server import make_app
+
+
+def main() -> None:
+    # By name, so that an edit to the judge leaves the stage that the teacher plays in up to date.
+    role = import_module(f"simulator.{sys.argv[1]}")
+    rates = role.Rates.model_validate(yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["simulator"][sys.argv[1]])
+    app = make_app(role.Player(load_companies(), rates).answer)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    print(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", flush=True)
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Score every reply against the gold step: action accuracy, escalation recall, over-escalation, valid output.
+
+Reads   data/verify/held_out.parquet, data/predict/{base,student}.parquet
+Writes  data/eval_exact/predictions.parquet, metrics/eval_exact.json, metrics/eval_exact_counts.json
+
+`valid_output` is measured free-running for both models. The other figures are the student's free-running ones and the
+base model's under the JSON schema. A text that is not exactly one valid step is wrong and not a hand-off.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from schemas.action import ActionError, parse_action
+from schemas.tables import SCORED, Predictions, Replies, Verified
+from stages._rates import rate
+from stages._stage import read_table, run, say, write_metrics, write_table
+
+if TYPE_CHECKING:
+    import polars as pl
+
+HELD_OUT = Path("data/verify/held_out.parquet")
+BASE_REPLIES = Path("data/predict/base.parquet")
+STUDENT_REPLIES = Path("data/predict/student.parquet")
+PREDICTIONS = Path("data/eval_exact/predictions.parquet")
+METRICS = Path("metrics/eval_exact.json")
+COUNTS = Path("metrics/eval_exact_counts.json")
+
+
+def gold_turns(table: pl.DataFrame) -> pl.DataFrame:
+    """One row an agent turn: company, conversation_id, index, number, gold_action, gold_reason."""
+    import polars as pl
+
+    agent = table.filter(pl.col("role") == "agent").with_columns(
+        pl.int_range(pl.len()).over("conversation_id").cast(pl.Int64).alias("number"))
+    steps = [parse_action(text) for text in agent["content"]]
+    return agent.select("company", "conversation_id", "index", "number").with_columns(
+        pl.Series("gold_action", [step.action.value for step in steps], dtype=pl.String),
+        pl.Series("gold_reason", [step.args.get("reason") for step in steps], dtype=pl.String))
+
+
+def parse_replies(replies: pl.DataFrame) -> pl.DataFrame:
+    """The replies with `action` and `reason`, or the `fault` that makes a text no valid step."""
+    import polars as pl
+
+    actions: list[str | None] = []
+    reasons: list[str | None] = []
+    faults: list[str | None] = []
+    for text in replies["raw"]:
+        try:
+            step = parse_action(text)
+        except ActionError as error:
+            actions.append(None)
+            reasons.append(None)
+            faults.append(error.fault.value)
+        else:
+            actions.append(step.action.value)
+            reasons.append(step.args.get("reason"))
+            faults.append(None)
+    return replies.with_columns(pl.Series("action", actions, dtype=pl.String), pl.Series("reason", reasons, dtype=pl.String),
+                                pl.Series("fault", faults, dtype=pl.String))
+
+
+def score(rows: pl.DataFrame, model: str) -> dict[str, tuple[int, int]]:
+    """The four rates of one model as (k, n)."""
+    import polars as pl
+
+    mine = rows.filter(pl.col("model") == model)
+    free, scored = mine.filter(pl.col("decoding") == "free"), mine.filter(pl.col("decoding") == SCORED[model])
+    handoff = scored["gold_action"] == "escalate"
+    escalated = (scored["action"] == "escalate").fill_null(False)
+    return {
+        "action_accuracy": (int((scored["action"] == scored["gold_action"]).fill_null(False).sum()), len(scored)),
+        "escalate_recall": (int((handoff & escalated).sum()), int(handoff.sum())),
+        "over_escalation": (int((~handoff & escalated).sum()), int((~handoff).sum())),
+        "valid_output": (int(free["fault"].is_null().sum()), len(free))}
+
+
+def main() -> None:
+    import polars as pl
+
+    gold = gold_turns(read_table(HELD_OUT, Verified))
+    replies = parse_replies(pl.concat([read_table(BASE_REPLIES, Replies), read_table(STUDENT_REPLIES, Replies)]))
+    rows = gold.join(replies, on=["conversation_id", "number"], how="inner").sort("company", "conversation_id", "index", "model", "decoding")
+    write_table(PREDICTIONS, rows, Predictions)
+    counts: dict[str, Any] = {company: {model: score(rows.filter(pl.col("company") == company), model) for model in SCORED}
+                              for company in sorted(gold["company"].unique())}
+    write_metrics(METRICS, {company: {model: {name: k / n if n else 0.0 for name, (k, n) in rates.items()} for model, rates in models.items()}
+                            for company, models in counts.items()})
+    write_metrics(COUNTS, {company: {model: {name: rate(k, n) for name, (k, n) in rates.items()} for model, rates in models.items()}
+                           for company, models in counts.items()})
+    for company, models in counts.items():
+        say(f"eval_exact {company}: student " + ", ".join(f"{name} {k}/{n}" for name, (k, n) in models["student"].items()))
+
+
+if __name__ == "__main__":
+    run(main)
