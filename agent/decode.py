@@ -77,10 +77,11 @@ class SchemaChoice(Choice):
         from llguidance import LLMatcher
 
         super().__init__(tokenizer)
-        compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        compact: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         self._matchers = [LLMatcher(engine, LLMatcher.grammar_from_json_schema(schema, defaults=compact)) for schema in schemas]
 
     def next_tokens(self, turns: Sequence[int], logits: torch.Tensor) -> list[int]:
+        """The most likely allowed tokens."""
         chosen = []
         for turn, row in zip(turns, logits, strict=True):
             allowed = torch.frombuffer(bytearray(self._matchers[turn].compute_logit_bias()), dtype=torch.uint8)[: row.shape[0]] > 0
@@ -90,6 +91,7 @@ class SchemaChoice(Choice):
         return chosen
 
     def hopeless(self, tokens: list[int]) -> bool:
+        """Never: every token was allowed."""
         return False
 
 
@@ -141,9 +143,10 @@ class TurnDecoder:
         logits = self.model.get_output_embeddings()(last).float()
         return [(turns, self._run(cache, turns, logits, choice(turns))) for choice in choices]
 
-    def _run(self, read: Cache, turns: list[Turn], logits: torch.Tensor, choice: Choice) -> list[str]:
+    def _run(self, read: Any, turns: list[Turn], logits: torch.Tensor, choice: Choice) -> list[str]:
         longest = max(turn.start for turn in turns)
-        cache = Cache(layers=[self._slab(layer.keys, layer.values, turns, longest) for layer in read.layers])
+        slabs = [self._slab(layer.keys, layer.values, turns, longest) for layer in read.layers]
+        cache = Cache(layers=slabs)
         # Right-aligned: all rows append at the same column, padding stands on the left.
         mask = torch.zeros(len(turns), longest + self.max_new_tokens, dtype=torch.long)
         for i, turn in enumerate(turns):
@@ -155,13 +158,11 @@ class TurnDecoder:
             alive = [i for i, turn in enumerate(rows) if turn in running]
             tokens = [0] * len(rows)
             for i, token in zip(alive, choice.next_tokens([rows[i] for i in alive], logits[alive]), strict=True):
-                turn, tokens[i] = rows[i], token
-                if token in self._ends:
-                    running.discard(turn)
-                    continue
-                texts[turn].append(token)
-                if choice.hopeless(texts[turn]):
-                    running.discard(turn)
+                tokens[i] = token
+                if token not in self._ends:
+                    texts[rows[i]].append(token)
+                if token in self._ends or choice.hopeless(texts[rows[i]]):
+                    running.discard(rows[i])
             if not running or step + 1 == self.max_new_tokens:
                 break
             if 2 * len(running) <= len(rows):
@@ -169,8 +170,8 @@ class TurnDecoder:
                 keep = torch.tensor([i for i in alive if rows[i] in running])
                 mask, positions = mask[keep], positions[keep]
                 rows, tokens = [rows[i] for i in keep], [tokens[i] for i in keep]
-                for layer in cache.layers:
-                    layer.keep(keep)
+                for slab in slabs:
+                    slab.keep(keep)
             out = self.model(input_ids=torch.tensor([[token] for token in tokens]), attention_mask=mask[:, : longest + step + 1],
                              position_ids=positions, cache=cache, use_cache=True)
             logits = out.logits[:, -1].float()

@@ -9,15 +9,15 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import openai
 from pydantic import BaseModel, ConfigDict, Field
 
+from agent.paths import CACHE
 from schemas.errors import InputError
 
-CACHE = Path(".cache/responses")
+RESPONSES = CACHE / "responses"
 """Paid responses, outside every DVC output: DVC deletes a stage's outputs before it runs."""
 SIMULATOR = "simulator"
 """The `base_url` that means: start the bundled simulator for the time of the stage."""
@@ -126,4 +126,4 @@ async def open_endpoint(params: EndpointParams, simulator_url: str | None) -> As
 def _open_cache() -> Any:
     import diskcache
 
-    return diskcache.Cache(str(CACHE), disk=diskcache.JSONDisk, eviction_policy="none")
+    return diskcache.Cache(str(RESPONSES), disk=diskcache.JSONDisk, eviction_policy="none")

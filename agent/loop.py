@@ -24,6 +24,7 @@ class Transcript:
     failure: str | None = None
 
     def add(self, role: Role, content: str, completion: Completion | None = None) -> None:
+        """Append a message, with what the endpoint counted for it."""
         self.messages.append(Message(role, content))
         self.costs.append((completion.prompt_tokens, completion.completion_tokens) if completion else (0, 0))
 

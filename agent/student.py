@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from agent.paths import CACHE
 from schemas.errors import InputError
 
-WEIGHTS = Path(".cache/weights")
+WEIGHTS = CACHE / "weights"
 """Converted weights; made once, never an output of the pipeline."""
 
 
@@ -105,7 +106,7 @@ def load_student(params: StudentParams, adapter: Path) -> Any:
     return (model.merge_and_unload() if params.unpack_once else model).eval()
 
 
-def _unpack(model: torch.nn.Module) -> None:
+def _unpack(model: Any) -> None:
     """Replace every NF4 layer by a plain frozen one that holds the unpacked values."""
     import bitsandbytes as bnb
 
@@ -160,7 +161,8 @@ def read_rows(model: Any, prefix: torch.Tensor, rows: torch.Tensor, mask: torch.
     cache = DynamicCache(config=model.config)
     if length:
         network(input_ids=prefix, cache=cache, use_cache=True)
-        for layer in cache.layers:
+        layers: list[Any] = cache.layers
+        for layer in layers:
             layer.keys, layer.values = layer.keys.expand(count, -1, -1, -1), layer.values.expand(count, -1, -1, -1)
     whole = torch.cat([mask.new_ones(count, length), mask], dim=1)
     return network(input_ids=rows, attention_mask=whole, cache=cache, use_cache=True).last_hidden_state, cache

@@ -56,26 +56,34 @@ class _Args(BaseModel):
 
 
 class SearchArgs(_Args):
+    """`search_kb`."""
+
     query: str = Field(min_length=1)
 
 
 class CreateTicketArgs(_Args):
+    """`create_ticket`; the category is one of the company's."""
+
     category: str = Field(min_length=1)
     summary: str = Field(min_length=1)
 
 
 class UpdateTicketArgs(_Args):
+    """`update_ticket`."""
+
     ticket_id: str = Field(min_length=1)
     note: str = Field(min_length=1)
 
 
 class EscalateArgs(BaseModel):
+    """`escalate`."""
+
     model_config = ConfigDict(extra="forbid")
     reason: HandoffReason
 
 
 class NoArgs(_Args):
-    pass
+    """`reply` and `clarify`."""
 
 
 ARGS: dict[ActionName, type[BaseModel]] = {
@@ -169,13 +177,13 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def action_json_schema(ticket_categories: list[str], bounded: bool = False) -> dict[str, Any]:
+def action_json_schema(ticket_categories: list[str] | None = None, bounded: bool = False) -> dict[str, Any]:
     """The JSON schema of a step, for endpoints and decoders that constrain their output.
 
     One variant an action, so that arguments and message fit the action; keys in canonical order.
 
     Args:
-        ticket_categories: the company's.
+        ticket_categories: the company's; None leaves the category free.
         bounded: limit the length of every text, so that a small model that never closes a string still ends its step.
     """
     text = {"type": "string", "minLength": 1}
@@ -187,7 +195,7 @@ def action_json_schema(ticket_categories: list[str], bounded: bool = False) -> d
         ActionName.REPLY: {},
         ActionName.CLARIFY: {},
         ActionName.ESCALATE: {"reason": {"enum": [reason.value for reason in HandoffReason]}},
-        ActionName.CREATE_TICKET: {"category": {"enum": list(ticket_categories)}, "summary": text},
+        ActionName.CREATE_TICKET: {"category": {"enum": ticket_categories} if ticket_categories else text, "summary": text},
         ActionName.UPDATE_TICKET: {"ticket_id": text, "note": text},
     }
     return {"anyOf": [

@@ -62,6 +62,8 @@ class Refund(_Strict):
 
 
 class Product(_Strict):
+    """Something the company sells, with its price as the agent would say it."""
+
     name: Text
     price: Text
 
@@ -80,6 +82,8 @@ class Profile(_Strict):
 
 
 class Ticket(_Strict):
+    """A support ticket."""
+
     id: TicketId
     category: Text
     summary: Text
@@ -161,6 +165,7 @@ class Scenario(_Strict):
 
     @property
     def steps(self) -> list[Step]:
+        """All steps of the reference agent, in order."""
         return [step for turn in self.turns for step in turn.agent]
 
 

@@ -49,6 +49,7 @@ class Traces(Conversations):
 class Verified(Conversations):
     """verify's kept conversations; the agent's content is canonical JSON."""
 
+    system: str = pa.Field(description="the company's system prompt: later stages know the company from here alone")
     scenario: str = pa.Field(nullable=True)
     kind: str = pa.Field(nullable=True, isin=_KINDS)
 

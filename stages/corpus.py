@@ -109,7 +109,8 @@ def surface_auc(rows: list[dict[str, Any]]) -> dict[str, float]:
 
     gold = [row["escalate"] for row in rows]
     first = [row for row in rows if not row["after_tool"]]
-    result = {name: float(roc_auc_score(gold, [float(row[name]) for row in rows])) for name in ("last_words", "customer_turns", "position", "after_tool")}
+    result = {name: float(roc_auc_score(gold, [float(row[name]) for row in rows]))
+              for name in ("last_words", "customer_turns", "position", "after_tool")}
     result["last_words_same_kind"] = float(roc_auc_score([row["escalate"] for row in first], [row["last_words"] for row in first]))
     result["position_same_kind"] = float(roc_auc_score([row["escalate"] for row in first], [row["position"] for row in first]))
     return {name: round(value, 3) for name, value in result.items()}
@@ -197,7 +198,7 @@ def measure(companies: dict[str, Company], held_out: list[str]) -> dict[str, Any
         "bag_of_words": {
             **{slug: bag_of_words(train_rows, rows[slug]) for slug in held_out},
             "pooled": bag_of_words(train_rows, [row for slug in held_out for row in rows[slug]])},
-        "blind_labels": {slug: {"agree": agree, "labelled": n} for slug, (agree, n) in labels.items()},
+        "blind_labels": {slug: {"agree": agree, "labelled": n} for slug, (agree, n) in labels.items() if n},
     }
 
 

@@ -62,7 +62,8 @@ def repeat(table: pl.DataFrame, counts: pl.DataFrame, factor: int, seed: int) ->
     order = counts.with_columns(copies).explode("copy").sample(fraction=1.0, shuffle=True, seed=seed).with_row_index("place")
     return (order.select("conversation_id", "copy", "place").join(table, on="conversation_id", how="inner")
             .sort("place", "index")
-            .with_columns(pl.when(pl.col("copy") > 0).then(pl.format("{}#{}", "conversation_id", "copy")).otherwise("conversation_id").alias("conversation_id"))
+            .with_columns(conversation_id=pl.when(pl.col("copy") > 0).then(pl.format("{}#{}", "conversation_id", "copy"))
+                          .otherwise("conversation_id"))
             .drop("place"))
 
 

@@ -2,7 +2,7 @@
 
     python -m stages.predict base|student
 
-Reads   data/verify/held_out.parquet, data/companies/, models/qlora_train/ (student)
+Reads   data/verify/held_out.parquet, models/qlora_train/ (student)
 Writes  data/predict/<model>.parquet
 
 Greedy. The base model is decoded twice: free, and under the JSON schema of a step, since free it hardly ever produces
@@ -22,7 +22,6 @@ from tqdm import tqdm
 from agent.encode import Encoder
 from agent.student import StudentParams, load_base, load_student, load_tokenizer
 from schemas.action import action_json_schema
-from schemas.company import load_company
 from schemas.errors import InputError
 from schemas.tables import Replies, Verified
 from stages._conversations import encode_table
@@ -51,6 +50,7 @@ def decode_all(table: pl.DataFrame, model: Any, tokenizer: Any, params: PredictP
     conversations = encode_table(table, Encoder(tokenizer))
     decoder = TurnDecoder(model, tokenizer, params.max_new_tokens)
     engine: Any = None
+    schema = action_json_schema(bounded=True)
     if with_schema:
         import llguidance.hf
 
@@ -58,10 +58,9 @@ def decode_all(table: pl.DataFrame, model: Any, tokenizer: Any, params: PredictP
     rows = []
     with tqdm(total=sum(len(encoded.spans) for _, _, encoded in conversations), desc="predict", unit="turn", file=sys.stderr) as bar:
         for group in groups(conversations, params.group_conversations):
-            schema = action_json_schema(load_company(group[0][0]).profile.ticket_categories, bounded=True)
             ways: dict[str, Any] = {"free": lambda turns: Choice(tokenizer)}
             if with_schema:
-                ways["schema"] = lambda turns, schema=schema: SchemaChoice(tokenizer, engine, [schema] * len(turns))
+                ways["schema"] = lambda turns: SchemaChoice(tokenizer, engine, [schema] * len(turns))
             decoded = decoder.decode([encoded for _, _, encoded in group], *ways.values())
             for decoding, (turns, texts) in zip(ways, decoded, strict=True):
                 numbers: dict[int, int] = {}

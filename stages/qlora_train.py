@@ -1,6 +1,6 @@
 """Train the student's adapter on the agent's own turns.
 
-Reads   data/oversample/train.parquet, data/companies/
+Reads   data/oversample/train.parquet
 Writes  models/qlora_train/ (the adapter), metrics/qlora_train.json, metrics/qlora_train/ (the loss curve)
 
 NF4 with double quantisation (bitsandbytes), LoRA (peft), TRL's SFTTrainer. A batch holds conversations of one company,
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from agent.encode import Encoded, Encoder
+from agent.paths import CACHE
 from agent.student import (
     StudentParams,
     load_base,
@@ -35,14 +36,16 @@ from stages._stage import Params, load_params, read_table, run, say, write_metri
 
 if TYPE_CHECKING:
     import torch
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
 TRAIN = Path("data/oversample/train.parquet")
 ADAPTER = Path("models/qlora_train")
 METRICS = Path("metrics/qlora_train.json")
 CURVE = Path("metrics/qlora_train")
-CHECKPOINTS = Path(".cache/checkpoints")
+CHECKPOINTS = CACHE / "checkpoints"
 IGNORE = -100
+CHECKPOINT_EVERY = 25
+"""Optimiser steps between checkpoints."""
 WINDOW = 48
 """Conversations that are sorted by length together: more pads less and mixes less."""
 
@@ -140,9 +143,10 @@ def supervised_loss(model: Any, batch: dict[str, torch.Tensor], count: torch.Ten
 def make_trainer(model: Any, tokenizer: Any, batches: list[list[Encoded]], params: QloraTrainParams, folder: Path) -> SFTTrainer:
     """TRL's trainer, one of our batches a step."""
     from datasets import Dataset
-    from dvclive import Live
     from dvclive.huggingface import DVCLiveCallback
-    from trl import SFTConfig, SFTTrainer
+    from dvclive.live import Live
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     share = shares_prefix(model)
 
@@ -153,7 +157,7 @@ def make_trainer(model: Any, tokenizer: Any, batches: list[list[Encoded]], param
     config = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=1, num_train_epochs=params.epochs, learning_rate=params.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, seed=params.seed, data_seed=params.seed,
-        logging_steps=5, save_steps=25, save_total_limit=1, report_to="none", gradient_checkpointing=False,
+        logging_steps=5, save_steps=CHECKPOINT_EVERY, save_total_limit=1, report_to="none", gradient_checkpointing=False,
         bf16=False, fp16=False, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         dataloader_pin_memory=False)
     live = Live(str(CURVE), save_dvc_exp=False, dvcyaml=None, report=None)
@@ -194,7 +198,7 @@ def main() -> None:
     seconds = time.monotonic() - started
 
     shutil.rmtree(ADAPTER, ignore_errors=True)
-    model.save_pretrained(ADAPTER)
+    model.save_pretrained(str(ADAPTER))
     shutil.rmtree(folder)
     tokens = sum(len(encoded.ids) for _, _, encoded in conversations)
     supervised = sum(end - start for _, _, encoded in conversations for start, end in encoded.spans)

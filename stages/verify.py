@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from agent.protocol import system_prompt
 from schemas.action import ActionName, parse_action
 from schemas.company import Company, Kind
 from schemas.errors import InputError
@@ -147,17 +148,19 @@ def split_tables(traces: pl.DataFrame, verdicts: dict[str, Rejection | None], co
     splits = {(slug, scenario): where for slug, company in companies.items() if slug not in held_out
               for scenario, where in split_of(company, one_in).items()}
     kept = traces.filter(pl.col("conversation_id").is_in([c for c, rejection in verdicts.items() if rejection is None]))
+    prompts = {slug: system_prompt(company) for slug, company in companies.items()}
     keys = list(kept.select("company", "scenario").iter_rows())
     kept = kept.with_columns(
         pl.Series("content", [canonical(role, content) for role, content in kept.select("role", "content").iter_rows()], dtype=pl.String),
+        pl.Series("system", [prompts[company] for company, _ in keys], dtype=pl.String),
         pl.Series("kind", [kinds.get(key) for key in keys], dtype=pl.String),
         pl.Series("split", ["held_out" if key[0] in held_out else splits[key] for key in keys], dtype=pl.String))
     tables = {name: kept.filter(pl.col("split") == name) for name in ("train", "calibration", "held_out")}
     broken = {c: rejection for c, rejection in verdicts.items() if rejection is not None}
-    tables["rejected"] = traces.filter(pl.col("conversation_id").is_in(list(broken))).with_columns(
-        pl.col("conversation_id").replace_strict({c: r.reason.value for c, r in broken.items()}, return_dtype=pl.String, default=None).alias("reject_reason"),
-        pl.col("conversation_id").replace_strict({c: r.detail for c, r in broken.items()}, return_dtype=pl.String, default=None).alias("reject_detail"),
-        pl.col("conversation_id").replace_strict({c: r.index for c, r in broken.items()}, return_dtype=pl.Int64, default=None).alias("reject_index"))
+    why = pl.DataFrame(
+        [(name, rejection.reason.value, rejection.detail, rejection.index) for name, rejection in broken.items()], orient="row",
+        schema={"conversation_id": pl.String, "reject_reason": pl.String, "reject_detail": pl.String, "reject_index": pl.Int64})
+    tables["rejected"] = traces.join(why, on="conversation_id", how="inner", maintain_order="left")
     return tables
 
 

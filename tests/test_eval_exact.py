@@ -1,0 +1,75 @@
+"""Scores from replies that are known."""
+
+import polars as pl
+import pytest
+
+from schemas.tables import Predictions, Replies
+from stages._rates import rate, wilson
+from stages.eval_exact import gold_turns, parse_replies, score
+from tests.students import ALL, step, table
+
+GOLD = table()
+
+
+def replies(texts, model="student", decoding="free"):
+    """`texts`: conversation -> one raw text a turn."""
+    return pl.DataFrame([{"conversation_id": f"teashop/{name}/0", "number": n, "model": model, "decoding": decoding, "raw": raw}
+                         for name, raws in texts.items() for n, raw in enumerate(raws)])
+
+
+def perfect():
+    return {name: [m.content for m in messages if m.role == "agent"] for name, messages in ALL.items()}
+
+
+def scored(texts, model="student", decoding="free"):
+    rows = gold_turns(GOLD).join(parse_replies(replies(texts, model, decoding)), on=["conversation_id", "number"], how="inner")
+    Predictions.validate(rows.select(list(Predictions.to_schema().columns)))
+    return score(rows, model)
+
+
+def test_gold_turns_are_all_agent_turns():
+    gold = gold_turns(GOLD)
+    assert gold["gold_action"].to_list() == ["search_kb", "reply", "reply", "escalate", "clarify", "create_ticket", "reply"]
+    assert gold.filter(pl.col("gold_action") == "escalate")["gold_reason"].to_list() == ["security"]
+
+
+def test_the_gold_replies_score_full_marks():
+    assert scored(perfect()) == {"action_accuracy": (7, 7), "escalate_recall": (1, 1), "over_escalation": (0, 6), "valid_output": (7, 7)}
+
+
+def test_a_missed_handoff_costs_recall_and_accuracy():
+    assert scored(perfect() | {"handoff": [step("reply", "No worries.").content]}) == {
+        "action_accuracy": (6, 7), "escalate_recall": (0, 1), "over_escalation": (0, 6), "valid_output": (7, 7)}
+
+
+def test_a_needless_handoff_costs_over_escalation_and_accuracy():
+    texts = perfect()
+    texts["search"][1] = step("escalate", "Over to a person.", reason="legal").content
+    assert scored(texts) == {"action_accuracy": (6, 7), "escalate_recall": (1, 1), "over_escalation": (1, 6), "valid_output": (7, 7)}
+
+
+@pytest.mark.parametrize("raw", ["", "I will escalate this.", '{"action": "escalate"}', step("escalate", "x", reason="legal").content + " done"])
+def test_text_that_is_no_step_is_wrong_and_no_handoff(raw):
+    assert scored(perfect() | {"handoff": [raw]}) == {
+        "action_accuracy": (6, 7), "escalate_recall": (0, 1), "over_escalation": (0, 6), "valid_output": (6, 7)}
+
+
+def test_the_base_model_is_scored_under_the_schema_but_for_valid_output():
+    rows = gold_turns(GOLD).join(parse_replies(pl.concat([
+        replies(perfect(), "base", "schema"), replies({name: ["prose"] * len(texts) for name, texts in perfect().items()}, "base", "free")])),
+        on=["conversation_id", "number"], how="inner")
+    assert score(rows, "base") == {"action_accuracy": (7, 7), "escalate_recall": (1, 1), "over_escalation": (0, 6), "valid_output": (0, 7)}
+
+
+def test_replies_are_a_checked_table():
+    Replies.validate(replies(perfect()))
+
+
+@pytest.mark.parametrize("k, n, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)])
+def test_wilson_interval_against_published_values(k, n, low, high):
+    """81/263: Newcombe 1998, Statistics in Medicine 17, table I, method 3."""
+    assert wilson(k, n) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_an_empty_rate_says_nothing():
+    assert rate(0, 0) == {"k": 0, "n": 0, "low": 0.0, "high": 1.0}

@@ -1,0 +1,161 @@
+"""Real NF4 weights, real adapters, a few short conversations."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from agent.student import load_base
+from schemas.errors import InputError
+from schemas.tables import Oversampled
+from stages._conversations import encode_table
+from stages._stage import write_table
+from stages.qlora_train import adapted, check_encoded, collate, make_batches, supervised_loss
+from tests.students import ALL, HANDOFF, LONG, SEARCH, STUDENT, SYSTEM, base, encoder, table
+
+ROOT = Path(__file__).parent.parent
+
+
+def encode(*names):
+    return [encoder().conversation(SYSTEM, ALL[name]) for name in names]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = get_peft_model(load_base(STUDENT), LoraConfig(r=4, target_modules=adapted(30, 26), task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    supervised_loss(model, batch, 100).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_sharing_the_prefix_gives_the_gradient_of_whole_conversations(model):
+    encoded = encode("search", "handoff", "long")
+    shared = gradients(model, collate(encoded, share=True))
+    whole = sum(gradients(model, collate([one], share=False)) for one in encoded)
+    assert torch.linalg.vector_norm(shared - whole) < 1e-4 * torch.linalg.vector_norm(whole)
+
+
+def test_padding_changes_nothing(model):
+    alone = gradients(model, collate(encode("handoff"), share=True))
+    long_alone = gradients(model, collate(encode("long"), share=True))
+    together = gradients(model, collate(encode("handoff", "long"), share=True))
+    assert torch.linalg.vector_norm(together - alone - long_alone) < 1e-4 * torch.linalg.vector_norm(together)
+
+
+def test_the_loss_is_the_models_own_loss_on_the_agents_tokens(model):
+    encoded, = encode("search")
+    ids, labels = torch.tensor([encoded.ids]), torch.tensor([encoded.labels()])
+    with torch.no_grad():
+        ours = supervised_loss(model, collate([encoded], share=True), None)
+        theirs = model(input_ids=ids, labels=labels).loss
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+
+
+def test_unpacked_weights_are_the_nf4_values():
+    import bitsandbytes as bnb
+    packed = load_base(STUDENT.model_copy(update={"unpack_once": False}))
+    layer = packed.model.layers[3].mlp.up_proj
+    assert isinstance(layer, bnb.nn.Linear4bit) and layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
+    plain = base().model.layers[3].mlp.up_proj
+    assert torch.equal(plain.weight, bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float())
+    assert len(plain.weight.unique()) > 16, "double quantisation scales differ between blocks"
+    assert not plain.weight.requires_grad
+
+
+def test_only_upper_layers_carry_an_adapter(model):
+    layers = {int(name.split("layers.")[1].split(".")[0]) for name, p in model.named_parameters() if p.requires_grad}
+    assert layers == {26, 27, 28, 29}
+    with pytest.raises(InputError, match="layers 0 to 29"):
+        adapted(30, 30)
+
+
+def test_batches_hold_one_company_within_the_budget():
+    rows = [(company, f"{company}/{i}", encoded) for company in ("a", "b") for i in range(7) for encoded in encode("search", "handoff", "long")]
+    batches = make_batches(rows, budget=400, seed=1)
+    companies = {id(encoded): company for company, _, encoded in rows}
+    assert sum(map(len, batches)) == len(rows)
+    for batch in batches:
+        assert len({companies[id(encoded)] for encoded in batch}) == 1
+        prefix, longest = batch[0].prefix, max(len(encoded.ids) for encoded in batch)
+        assert len(batch) == 1 or prefix + len(batch) * (longest - prefix) <= 400
+    assert batches != make_batches(rows, budget=400, seed=2)
+
+
+def test_a_conversation_that_would_be_cut_stops_the_run_by_name():
+    rows = encode_table(table({"long": LONG}), encoder())
+    with pytest.raises(InputError, match="teashop/long/0 has .* tokens, more than qlora_train.max_tokens"):
+        check_encoded(rows, max_tokens=50)
+    check_encoded(rows, max_tokens=500)
+
+
+def test_a_conversation_without_agent_turns_stops_the_run_by_name():
+    rows = encode_table(table({"silent": SEARCH[:1]}), encoder())
+    with pytest.raises(InputError, match="teashop/silent/0 has no agent turn"):
+        check_encoded(rows, max_tokens=500)
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """A folder in which the stage runs for real, on a few conversations."""
+    data = table({f"{name}{i}": messages for i in range(4) for name, messages in {"s": SEARCH, "h": HANDOFF, "l": LONG}.items()})
+    import polars as pl
+    tmp_path.joinpath("data/oversample").mkdir(parents=True)
+    write_table(tmp_path / "data/oversample/train.parquet", data.with_columns(pl.lit(0, dtype=pl.Int64).alias("copy")), Oversampled)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["qlora_train"] |= {"rank": 4, "first_layer": 26, "batch_tokens": 150}
+    tmp_path.joinpath("params.yaml").write_text(yaml.safe_dump(params))
+    return tmp_path
+
+
+def start(workspace, cache):
+    code = "import stages.qlora_train as q; q.CHECKPOINT_EVERY = 2; q.main()"
+    weights = Path(os.environ.get("HANDOFF_CACHE", ROOT / ".cache")) / "weights"
+    cache.mkdir(exist_ok=True)
+    if not (cache / "weights").exists():
+        (cache / "weights").symlink_to(weights)
+    return subprocess.Popen([sys.executable, "-c", code], cwd=workspace, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
+        **os.environ, "PYTHONPATH": str(ROOT), "HANDOFF_CACHE": str(cache), "HF_HUB_OFFLINE": "1"})
+
+
+def test_a_killed_run_goes_on_where_it_stopped_and_ends_alike(workspace, tmp_path_factory):
+    base()  # the weights are converted by now
+    whole = start(workspace, tmp_path_factory.mktemp("whole"))
+    out, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err
+    assert "qlora_train: 12 conversations" in out
+    adapter = load_file(workspace / "models/qlora_train/adapter_model.safetensors")
+
+    cache = tmp_path_factory.mktemp("killed")
+    victim = start(workspace, cache)
+    deadline = time.monotonic() + 200
+    while not list(cache.glob("checkpoints/*/checkpoint-4/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert list(cache.glob("checkpoints/*/checkpoint-*")), "it was killed after a checkpoint"
+
+    again = start(workspace, cache)
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    resumed = load_file(workspace / "models/qlora_train/adapter_model.safetensors")
+    assert all(torch.allclose(adapter[name], resumed[name], atol=1e-5) for name in adapter)
+    assert not list(cache.glob("checkpoints/*")), "checkpoints go once the adapter stands"
+
+    loaded = PeftModel.from_pretrained(load_base(STUDENT), workspace / "models/qlora_train")
+    assert any(p.abs().sum() > 0 for name, p in loaded.named_parameters() if "lora_B" in name)

@@ -1,0 +1,55 @@
+"""The result table is the metrics files' and README's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.table import EXACT, JUDGE, markdown, plain, rows
+
+ROOT = Path(__file__).parent.parent
+
+
+def current():
+    return rows(json.loads((ROOT / EXACT).read_text()), json.loads((ROOT / JUDGE).read_text()))
+
+
+def test_every_rate_shows_its_count():
+    header, *body = current()
+    assert header[:2] == ["company", "model"] and len(body) == 4
+    for row in body:
+        for cell in row[2:]:
+            percent, count = cell.split(" % ")
+            k, n = map(int, count.strip("()").split("/"))
+            assert float(percent) == pytest.approx(100 * k / n, abs=0.051)
+
+
+def test_the_table_in_readme_is_the_one_of_the_metrics():
+    assert markdown(current()) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_short_metrics_agree_with_the_counts():
+    for name in ("eval_exact", "eval_judge"):
+        short, counts = (json.loads((ROOT / f"metrics/{file}.json").read_text()) for file in (name, f"{name}_counts"))
+        for company, models in short.items():
+            for model, rates in models.items():
+                for rate, value in rates.items():
+                    k, n = counts[company][model][rate]["k"], counts[company][model][rate]["n"]
+                    assert value == pytest.approx(k / n, abs=5e-5)
+
+
+def test_held_out_companies_have_sixty_handoffs():
+    for models in json.loads((ROOT / EXACT).read_text()).values():
+        assert models["student"]["escalate_recall"]["n"] >= 60
+
+
+def test_the_table_names_teacher_and_judge():
+    shown = subprocess.run([sys.executable, "-m", "stages.table"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert plain(current()) in shown and "Teacher: simulator. Judge: simulator." in shown and "SLICE" not in shown
+
+
+def test_an_unknown_revision_is_one_sentence():
+    done = subprocess.run([sys.executable, "-m", "stages.table", "--rev", "nowhere"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "hint: " in done.stderr and "Traceback" not in done.stderr
