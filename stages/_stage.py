@@ -129,8 +129,10 @@ def _producer(path: Path) -> str:
     return path.parent.name if path.parent.parent.name in {"data", "models"} else path.stem
 
 
-def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    """Write a metrics file: rates rounded to four places, so that a diff shows changes and not noise."""
+def write_metrics(path: Path, metrics: dict[str, Any], schema: type[BaseModel] | None = None) -> None:
+    """Check and write a metrics file: rates rounded to four places, so that a diff shows changes and not noise."""
+    if schema:
+        schema.model_validate(metrics)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(metrics), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

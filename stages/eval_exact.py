@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from schemas.action import ActionError, parse_action
+from schemas.metrics import ExactMetrics
 from schemas.tables import SCORED, Predictions, Replies, Verified
 from stages._rates import rate
 from stages._stage import read_table, run, say, write_metrics, write_table
@@ -87,7 +88,7 @@ def main() -> None:
     counts: dict[str, Any] = {company: {model: score(rows.filter(pl.col("company") == company), model) for model in SCORED}
                               for company in sorted(gold["company"].unique())}
     write_metrics(METRICS, {company: {model: {name: k / n if n else 0.0 for name, (k, n) in rates.items()} for model, rates in models.items()}
-                            for company, models in counts.items()})
+                            for company, models in counts.items()}, ExactMetrics)
     write_metrics(COUNTS, {company: {model: {name: rate(k, n) for name, (k, n) in rates.items()} for model, rates in models.items()}
                            for company, models in counts.items()})
     for company, models in counts.items():

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from agent.endpoint import SIMULATOR, EndpointFailure, EndpointParams, open_endpoint
 from schemas.errors import InputError
+from schemas.metrics import JudgeMetrics
 from schemas.tables import SCORED, Judgements, Predictions, Verified
 from schemas.traces import Message
 from stages._conversations import Conversation, conversations
@@ -125,7 +126,7 @@ def main() -> None:
     counts = {company: {model: score(judged.filter((pl.col("company") == company) & (pl.col("model") == model))) for model in SCORED}
               for company in sorted(wanted["company"].unique())}
     write_metrics(METRICS, {company: {model: {name: k / n if n else 0.0 for name, (k, n) in rates.items()} for model, rates in models.items()}
-                            for company, models in counts.items()})
+                            for company, models in counts.items()}, JudgeMetrics)
     name = "simulator" if params.judge.base_url == SIMULATOR else params.judge.model
     write_metrics(COUNTS, {"judge": name, **{company: {model: {key: rate(k, n) for key, (k, n) in rates.items()} for model, rates in models.items()}
                                              for company, models in counts.items()}})

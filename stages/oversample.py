@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from schemas.action import ActionName, parse_action
+from schemas.metrics import OversampleMetrics
 from schemas.tables import Oversampled, Verified
 from stages._stage import (
     Params,
@@ -25,6 +25,7 @@ from stages._stage import (
     write_metrics,
     write_table,
 )
+from stages._turns import escalations, turn_counts
 
 if TYPE_CHECKING:
     import polars as pl
@@ -39,16 +40,6 @@ class OversampleParams(Params):
 
     escalation_factor: int = Field(ge=1)
     seed: int
-
-
-def escalations(table: pl.DataFrame) -> pl.DataFrame:
-    """conversation_id, agent turns, and how many of them escalate; one row a conversation, in the table's order."""
-    import polars as pl
-
-    agent = table.filter(pl.col("role") == "agent")
-    escalates = [parse_action(text).action is ActionName.ESCALATE for text in agent["content"]]
-    return (agent.with_columns(pl.Series("escalates", escalates, dtype=pl.Int64))
-            .group_by("conversation_id", maintain_order=True).agg(pl.len().cast(pl.Int64).alias("turns"), pl.col("escalates").sum()))
 
 
 def repeat(table: pl.DataFrame, counts: pl.DataFrame, factor: int, seed: int) -> pl.DataFrame:
@@ -73,13 +64,10 @@ def main() -> None:
     counts = escalations(train)
     table = repeat(train, counts, params.escalation_factor, params.seed)
     write_table(OVERSAMPLED, table, Oversampled)
-    after = escalations(table)
-    shares = [float(part["escalates"].sum() / part["turns"].sum()) for part in (counts, after)]
-    write_metrics(METRICS, {
-        "escalation_factor": params.escalation_factor,
-        "before": {"conversations": len(counts), "agent_turns": counts["turns"].sum(), "escalate_share": shares[0]},
-        "after": {"conversations": len(after), "agent_turns": after["turns"].sum(), "escalate_share": shares[1]}})
-    say(f"oversample: {len(counts)} conversations become {len(after)}; escalate is {shares[0]:.1%} of agent turns before, {shares[1]:.1%} after")
+    before, after = turn_counts(counts), turn_counts(escalations(table))
+    write_metrics(METRICS, {"escalation_factor": params.escalation_factor, "before": before, "after": after}, OversampleMetrics)
+    say(f"oversample: {before['conversations']} conversations become {after['conversations']}; "
+        f"escalate is {before['escalate_share']:.1%} of agent turns before, {after['escalate_share']:.1%} after")
 
 
 if __name__ == "__main__":

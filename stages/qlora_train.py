@@ -30,6 +30,7 @@ from agent.student import (
     shares_prefix,
 )
 from schemas.errors import InputError
+from schemas.metrics import QloraTrainMetrics
 from schemas.tables import Oversampled
 from stages._conversations import encode_table
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
@@ -204,7 +205,7 @@ def main() -> None:
     supervised = sum(end - start for _, _, encoded in conversations for start, end in encoded.spans)
     write_metrics(METRICS, {
         "student": student.weights, "conversations": len(conversations), "tokens": tokens, "supervised_tokens": supervised,
-        "steps": result.global_step, "train_loss": result.training_loss})
+        "steps": result.global_step, "train_loss": result.training_loss}, QloraTrainMetrics)
     say(f"qlora_train: {len(conversations)} conversations, {params.epochs} epoch(s), {result.global_step} steps, loss {result.training_loss:.3f}, "
         f"{tokens * params.epochs / seconds:.0f} tok/s")
 

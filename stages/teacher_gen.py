@@ -23,6 +23,7 @@ from agent.loop import Transcript, converse
 from agent.world import World
 from schemas.company import Company, Scenario
 from schemas.errors import InputError
+from schemas.metrics import TeacherGenMetrics
 from schemas.tables import Traces
 from stages._rules import examine
 from stages._simulated import simulator_for
@@ -123,7 +124,7 @@ def main() -> None:
         "prompt_tokens": int(frame["prompt_tokens"].sum()),
         "completion_tokens": int(frame["completion_tokens"].sum()),
     }
-    write_metrics(METRICS, metrics)
+    write_metrics(METRICS, metrics, TeacherGenMetrics)
     say(f"teacher_gen: {metrics['conversations']} conversations of {metrics['scenarios']} scenarios, {metrics['agent_turns']} agent turns "
         f"by {metrics['teacher']}, {metrics['infrastructure_failures']} infrastructure failures")
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from agent.protocol import system_prompt
-from schemas.action import ActionName, parse_action
+from schemas.action import parse_action
 from schemas.company import Company, Kind
 from schemas.errors import InputError
+from schemas.metrics import VerifyMetrics
 from schemas.tables import Rejected, Traces, Verified
 from schemas.traces import Message, RejectReason, Role
 from stages._rules import Rejection, examine
@@ -35,6 +36,7 @@ from stages._stage import (
     write_metrics,
     write_table,
 )
+from stages._turns import escalations, turn_counts
 
 if TYPE_CHECKING:
     import polars as pl
@@ -164,14 +166,6 @@ def split_tables(traces: pl.DataFrame, verdicts: dict[str, Rejection | None], co
     return tables
 
 
-def count_turns(table: pl.DataFrame) -> dict[str, Any]:
-    """Conversations, agent turns, and how many of them hand off."""
-    steps = [parse_action(text).action for text in table.filter(table["role"] == "agent")["content"]]
-    handoffs = sum(step is ActionName.ESCALATE for step in steps)
-    return {"conversations": table["conversation_id"].n_unique(), "agent_turns": len(steps), "handoff_turns": handoffs,
-            "escalate_share": handoffs / max(1, len(steps))}
-
-
 def main() -> None:
     params = load_params("verify", VerifyParams)
     data = load_params("data", DataParams)
@@ -196,8 +190,8 @@ def main() -> None:
         "in": len(verdicts), "kept": len(verdicts) - reasons.total(), "rejected": reasons.total(),
         "reasons": {reason.value: reasons[reason.value] for reason in RejectReason},
         "scenarios_without_a_kept_conversation": len(all_scenarios - kept_scenarios),
-        **{name: count_turns(tables[name]) for name in ("train", "calibration", "held_out")}}
-    write_metrics(METRICS, metrics)
+        **{name: turn_counts(escalations(tables[name])) for name in ("train", "calibration", "held_out")}}
+    write_metrics(METRICS, metrics, VerifyMetrics)
     worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
     say(f"verify: {metrics['in']} in, {metrics['kept']} kept, {metrics['rejected']} rejected ({worst or 'none'})")
 

@@ -50,6 +50,7 @@ ALL = {"search": SEARCH, "handoff": HANDOFF, "long": LONG}
 
 def table(conversations=ALL, company="teashop", system=SYSTEM):
     """A Verified table, or with `copy` an Oversampled one."""
-    rows = [{"conversation_id": f"{company}/{name}/0", "company": company, "index": index, "role": message.role.value, "content": message.content,
-             "system": system, "scenario": name, "kind": "ordinary"} for name, messages in conversations.items() for index, message in enumerate(messages)]
+    rows = [{"conversation_id": f"{company}/{name}/0", "company": company, "index": index, "role": message.role.value,
+             "content": message.content, "system": system, "scenario": name, "kind": "ordinary"}
+            for name, messages in conversations.items() for index, message in enumerate(messages)]
     return pl.DataFrame(rows)

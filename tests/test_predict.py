@@ -59,7 +59,8 @@ def test_giving_up_on_prose_changes_no_verdict(decoded):
 
 @pytest.mark.parametrize("text, hopeless", [
     ("Sure, here is the answer you asked for, in full", True), ('{"thought": "a", "action": "reply", "args"', False),
-    ("```json\n{\"thought\": \"because it is so\"", False), ("<think>well, let me see what to do here", False), ("\n\n \n{\"thought\": \"and so on", False)])
+    ("```json\n{\"thought\": \"because it is so\"", False), ("<think>well, let me see what to do here", False),
+    ("\n\n \n{\"thought\": \"and so on", False)])
 def test_only_prose_is_hopeless(text, hopeless):
     tokens = tokenizer()(text, add_special_tokens=False).input_ids
     choice = Choice(tokenizer())

@@ -99,7 +99,7 @@ def test_batches_hold_one_company_within_the_budget():
 
 def test_a_conversation_that_would_be_cut_stops_the_run_by_name():
     rows = encode_table(table({"long": LONG}), encoder())
-    with pytest.raises(InputError, match="teashop/long/0 has .* tokens, more than qlora_train.max_tokens"):
+    with pytest.raises(InputError, match=r"teashop/long/0 has .* tokens, more than qlora_train.max_tokens"):
         check_encoded(rows, max_tokens=50)
     check_encoded(rows, max_tokens=500)
 

@@ -1,0 +1,26 @@
+"""How many agent turns there are, and how many hand off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from schemas.action import ActionName, parse_action
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def escalations(table: pl.DataFrame) -> pl.DataFrame:
+    """conversation_id, agent turns, and how many of them escalate; one row a conversation, in the table's order."""
+    import polars as pl
+
+    agent = table.filter(pl.col("role") == "agent")
+    escalates = [parse_action(text).action is ActionName.ESCALATE for text in agent["content"]]
+    return (agent.with_columns(pl.Series("escalates", escalates, dtype=pl.Int64))
+            .group_by("conversation_id", maintain_order=True).agg(pl.len().cast(pl.Int64).alias("turns"), pl.col("escalates").sum()))
+
+
+def turn_counts(counts: pl.DataFrame) -> dict[str, Any]:
+    """The sums of `escalations`: conversations, agent turns, hand-off turns and their share."""
+    turns, handoffs = int(counts["turns"].sum()), int(counts["escalates"].sum())
+    return {"conversations": len(counts), "agent_turns": turns, "handoff_turns": handoffs, "escalate_share": handoffs / max(1, turns)}
