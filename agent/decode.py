@@ -1,12 +1,13 @@
-"""Greedy decoding of every agent turn of many conversations, each conversation read once.
+"""Greedy decoding of every agent turn of many conversations, each conversation read and stored once.
 
-The conversation's keys and values up to a turn are exactly what the agent is prompted with there, so all turns of a
-conversation start from slices of one forward pass, and all turns of a group are decoded as one batch.
+The conversation's keys and values up to a turn are exactly what the agent is prompted with there. So all turns of a
+conversation are decoded side by side, as branches of one tree: a step feeds the model one token of every branch that
+still runs, and the attention mask lets a branch see the conversation up to its turn and its own tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,25 +27,31 @@ class Turn:
 
 
 class _Slab(DynamicLayer):
-    """Keys and values of one layer in a buffer of fixed size: appending copies nothing."""
+    """Keys and values of one layer in a buffer of fixed size: appending copies nothing.
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+    Args:
+        keys, values: what has been read, shape (B, H, S, D).
+        room: how many more positions there may be.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
         super().__init__()
-        self._keys, self._values, self.length = keys, values, length
+        shape = (*keys.shape[:2], keys.shape[2] + room, keys.shape[3])
+        self._keys, self._values, self._length = keys.new_empty(shape), values.new_empty(shape), keys.shape[2]
+        self._keys[:, :, :self._length], self._values[:, :, :self._length] = keys, values
         self.is_initialized = True
         self.dtype, self.device = keys.dtype, keys.device
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self.length + key_states.shape[-2]
-        self._keys[:, :, self.length:end], self._values[:, :, self.length:end] = key_states, value_states
-        self.length = end
+        """Append, and return everything so far."""
+        end = self._length + key_states.shape[-2]
+        self._keys[:, :, self._length:end], self._values[:, :, self._length:end] = key_states, value_states
+        self._length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
     def get_seq_length(self) -> int:
-        return self.length
-
-    def keep(self, rows: torch.Tensor) -> None:
-        self._keys, self._values = self._keys[rows], self._values[rows]
+        """How many positions are filled."""
+        return self._length
 
 
 class Choice:
@@ -70,15 +77,18 @@ class SchemaChoice(Choice):
 
     Args:
         tokenizer: the student's.
-        schema: one for each turn of the group.
+        engine: llguidance's view of that tokenizer.
+        schema: what every text must fit.
+        count: how many turns the group has.
     """
 
-    def __init__(self, tokenizer: Any, engine: Any, schemas: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, tokenizer: Any, engine: Any, schema: dict[str, Any], count: int) -> None:
         from llguidance import LLMatcher
 
         super().__init__(tokenizer)
         compact: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        self._matchers = [LLMatcher(engine, LLMatcher.grammar_from_json_schema(schema, defaults=compact)) for schema in schemas]
+        grammar = LLMatcher.grammar_from_json_schema(schema, defaults=compact)
+        self._matchers = [LLMatcher(engine, grammar) for _ in range(count)]
 
     def next_tokens(self, turns: Sequence[int], logits: torch.Tensor) -> list[int]:
         """The most likely allowed tokens."""
@@ -96,8 +106,8 @@ class SchemaChoice(Choice):
 
 
 def groups(conversations: Sequence[tuple[str, str, Encoded]], size: int) -> Iterator[list[tuple[str, str, Encoded]]]:
-    """Cut conversations into groups of one company and similar length."""
-    ordered = sorted(conversations, key=lambda item: (item[0], len(item[2].ids)))
+    """Cut conversations into groups of one company, with like numbers of turns and like lengths."""
+    ordered = sorted(conversations, key=lambda item: (item[0], len(item[2].spans), len(item[2].ids)))
     start = 0
     while start < len(ordered):
         end = start + 1
@@ -121,7 +131,7 @@ class TurnDecoder:
         self._ends = frozenset(tokenizer.all_special_ids)
 
     @torch.inference_mode()
-    def decode(self, group: list[Encoded], *choices: Callable[[list[Turn]], Choice]) -> list[tuple[list[Turn], list[str]]]:
+    def decode(self, group: list[Encoded], *choices: Choice) -> list[list[str]]:
         """Decode all agent turns of a group of conversations that share their prefix.
 
         Args:
@@ -129,9 +139,8 @@ class TurnDecoder:
             choices: one for each way of decoding wanted; the conversations are read once for all of them.
 
         Returns:
-            for each way, the turns and their texts, without the token that ends the turn.
+            for each way, the texts of all turns in the order of `turns`, without the token that ends a turn.
         """
-        turns = [Turn(row, start) for row, encoded in enumerate(group) for start, _ in encoded.spans]
         prefix = group[0].prefix
         length = max(len(encoded.ids) for encoded in group) - prefix
         rows, mask = torch.zeros(len(group), length, dtype=torch.long), torch.zeros(len(group), length, dtype=torch.long)
@@ -139,49 +148,58 @@ class TurnDecoder:
             rows[i, :len(encoded.ids) - prefix] = torch.tensor(encoded.ids[prefix:])
             mask[i, :len(encoded.ids) - prefix] = 1
         hidden, cache = read_rows(self.model, torch.tensor([group[0].ids[:prefix]]), rows, mask)
-        last = torch.stack([hidden[turn.row, turn.start - prefix - 1] for turn in turns])
+        wanted = turns(group)
+        last = torch.stack([hidden[turn.row, turn.start - prefix - 1] for turn in wanted])
         logits = self.model.get_output_embeddings()(last).float()
-        return [(turns, self._run(cache, turns, logits, choice(turns))) for choice in choices]
+        return [self._branch(cache, wanted, logits, choice) for choice in choices]
 
-    def _run(self, read: Any, turns: list[Turn], logits: torch.Tensor, choice: Choice) -> list[str]:
-        longest = max(turn.start for turn in turns)
-        slabs = [self._slab(layer.keys, layer.values, turns, longest) for layer in read.layers]
-        cache = Cache(layers=slabs)
-        # Right-aligned: all rows append at the same column, padding stands on the left.
-        mask = torch.zeros(len(turns), longest + self.max_new_tokens, dtype=torch.long)
-        for i, turn in enumerate(turns):
-            mask[i, longest - turn.start:] = 1
-        positions = torch.tensor([[turn.start] for turn in turns])
-        rows, running = list(range(len(turns))), set(range(len(turns)))
-        texts: list[list[int]] = [[] for _ in turns]
+    def _branch(self, read: Any, wanted: list[Turn], logits: torch.Tensor, choice: Choice) -> list[str]:
+        """Decode all turns side by side from what has been read; `logits`, (len(wanted), V), are for their first tokens."""
+        count, rows = 1 + max(turn.row for turn in wanted), [turn.row for turn in wanted]
+        widest = max(rows.count(row) for row in range(count))
+        cache = Cache(layers=[_Slab(layer.keys, layer.values, widest * self.max_new_tokens) for layer in read.layers])
+        positions = torch.arange(read.get_seq_length())
+        # Which turn each appended position belongs to, column by column; -1 is padding.
+        owner = torch.empty(count, 0, dtype=torch.long)
+        texts: list[list[int]] = [[] for _ in wanted]
+        running = list(range(len(wanted)))
         for step in range(self.max_new_tokens):
-            alive = [i for i, turn in enumerate(rows) if turn in running]
-            tokens = [0] * len(rows)
-            for i, token in zip(alive, choice.next_tokens([rows[i] for i in alive], logits[alive]), strict=True):
-                tokens[i] = token
+            tokens = choice.next_tokens(running, logits)
+            for turn, token in zip(running, tokens, strict=True):
                 if token not in self._ends:
-                    texts[rows[i]].append(token)
-                if token in self._ends or choice.hopeless(texts[rows[i]]):
-                    running.discard(rows[i])
-            if not running or step + 1 == self.max_new_tokens:
+                    texts[turn].append(token)
+            going = [(turn, token) for turn, token in zip(running, tokens, strict=True)
+                     if token not in self._ends and not choice.hopeless(texts[turn])]
+            if not going or step + 1 == self.max_new_tokens:
                 break
-            if 2 * len(running) <= len(rows):
-                # Dropping finished rows copies those that stay, so it waits until half are done.
-                keep = torch.tensor([i for i in alive if rows[i] in running])
-                mask, positions = mask[keep], positions[keep]
-                rows, tokens = [rows[i] for i in keep], [tokens[i] for i in keep]
-                for slab in slabs:
-                    slab.keep(keep)
-            out = self.model(input_ids=torch.tensor([[token] for token in tokens]), attention_mask=mask[:, : longest + step + 1],
-                             position_ids=positions, cache=cache, use_cache=True)
-            logits = out.logits[:, -1].float()
-            positions = positions + 1
+            running = [turn for turn, _ in going]
+            slots, places = _pack(running, rows, count)
+            owner = torch.cat([owner, slots], dim=1)
+            ids, position_ids, starts = torch.zeros_like(slots), torch.zeros_like(slots), torch.zeros_like(slots)
+            for (turn, token), place in zip(going, places, strict=True):
+                ids[place], position_ids[place], starts[place] = token, wanted[turn].start + step, wanted[turn].start
+            # A padding slot sees the first token, since attention to nothing is not a number.
+            before = positions < starts.clamp(min=1)[..., None]
+            own = (owner[:, None, :] == slots[..., None]) & (slots[..., None] >= 0)
+            out = self.model(input_ids=ids, attention_mask=torch.cat([before, own], dim=2)[:, None], position_ids=position_ids,
+                             cache=cache, use_cache=True)
+            logits = torch.stack([out.logits[place] for place in places]).float()
         return [self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in texts]
 
-    def _slab(self, keys: torch.Tensor, values: torch.Tensor, turns: list[Turn], longest: int) -> _Slab:
-        shape = (len(turns), keys.shape[1], longest + self.max_new_tokens, keys.shape[3])
-        slab_keys, slab_values = keys.new_zeros(shape), values.new_zeros(shape)
-        for i, turn in enumerate(turns):
-            slab_keys[i, :, longest - turn.start:longest] = keys[turn.row, :, :turn.start]
-            slab_values[i, :, longest - turn.start:longest] = values[turn.row, :, :turn.start]
-        return _Slab(slab_keys, slab_values, longest)
+
+def _pack(running: list[int], rows: list[int], count: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Give every running turn a slot in its conversation's row: the turn in each slot, (count, W), and each turn's place."""
+    taken = [0] * count
+    places = []
+    for turn in running:
+        places.append((rows[turn], taken[rows[turn]]))
+        taken[rows[turn]] += 1
+    slots = torch.full((count, max(taken)), -1)
+    for turn, place in zip(running, places, strict=True):
+        slots[place] = turn
+    return slots, places
+
+
+def turns(group: Sequence[Encoded]) -> list[Turn]:
+    """All agent turns of a group, conversation by conversation."""
+    return [Turn(row, start) for row, encoded in enumerate(group) for start, _ in encoded.spans]

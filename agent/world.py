@@ -33,8 +33,9 @@ class World:
             case ActionName.SEARCH_KB:
                 return self._kb.search(action.args["query"])
             case ActionName.CREATE_TICKET:
+                while f"{self._prefix}-{self._next}" in self.tickets:
+                    self._next += 1
                 ticket = Ticket(id=f"{self._prefix}-{self._next}", category=action.args["category"], summary=action.args["summary"])
-                self._next += 1
                 self.tickets[ticket.id] = ticket
                 return f"created {ticket.id} ({ticket.category}): {ticket.summary}"
             case ActionName.UPDATE_TICKET:

@@ -189,7 +189,7 @@ def action_json_schema(ticket_categories: list[str] | None = None, bounded: bool
     text = {"type": "string", "minLength": 1}
     thought = message = text
     if bounded:
-        text, thought, message = ({**text, "maxLength": most} for most in (80, 160, 300))
+        text, thought, message = ({**text, "maxLength": most} for most in (60, 120, 200))
     arg_schemas: dict[ActionName, dict[str, Any]] = {
         ActionName.SEARCH_KB: {"query": text},
         ActionName.REPLY: {},

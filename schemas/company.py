@@ -136,13 +136,13 @@ class Turn(_Strict):
 
 
 class Scenario(_Strict):
-    """One whole conversation as a person wrote it, with what is needed to play it again."""
+    """One whole conversation as written, with what is needed to play it again."""
 
     id: Slug
     kind: Kind
     reason: HandoffReason | None = None
     cue: Cue | None = None
-    ticket_start: int = Field(default=1001, ge=1000, le=9999)
+    ticket_start: int = Field(default=1001, ge=1000, le=9900)
     tickets: list[Ticket] = []
     customer: Customer
     turns: list[Turn] = Field(min_length=1)
@@ -271,6 +271,10 @@ def _read_scenarios(path: Path, profile: Profile) -> list[Scenario]:
     for number, item in enumerate(data, 1):
         name = item.get("id") if isinstance(item, dict) else None
         scenario = _validate(Scenario, item, path, f"scenario '{name or number}' ")
+        for ticket in scenario.tickets:
+            if not ticket.id.startswith(f"{profile.ticket_prefix}-") or ticket.category not in profile.ticket_categories:
+                raise InputError(f"{path}: scenario '{scenario.id}' tickets: {ticket.id} ({ticket.category}) is not one of this company's",
+                                 f"company.yaml has the prefix {profile.ticket_prefix} and: {', '.join(profile.ticket_categories)}")
         for step in scenario.steps:
             if step.action is ActionName.CREATE_TICKET and step.args["category"] not in profile.ticket_categories:
                 raise InputError(f"{path}: scenario '{scenario.id}' create_ticket category '{step.args['category']}' is unknown",

@@ -6,6 +6,7 @@ skipped where there is none, as in recorded logs; `verify` counts how often.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from stages._facts import unsupported
 
 MAX_STEPS = 14
 MAX_MESSAGE_WORDS = 90
+_TICKET = re.compile(r"(?:created|updated) (?P<id>\S+) \(\w+\)")
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,20 @@ def _facts(case: Case) -> Iterator[Rejection]:
     """What a message to the customer states comes from the policy, the tools or the customer."""
     if not case.company:
         return
-    standing = system_prompt(case.company)
-    for index, step in case.steps.items():
-        heard = [message.content for message in case.messages[:index] if message.role is not Role.AGENT]
-        if step.message and (missing := unsupported(step.message, [standing, *heard])):
-            yield Rejection(RejectReason.UNSUPPORTED_FACT, missing, index)
+    sources = [system_prompt(case.company)]
+    own_tickets: set[str] = set()
+    for index, message in enumerate(case.messages):
+        if step := case.steps.get(index):
+            if step.message and (missing := unsupported(step.message, sources)):
+                yield Rejection(RejectReason.UNSUPPORTED_FACT, missing, index)
+        elif created := _TICKET.match(message.content) if message.role is Role.TOOL else None:
+            # A ticket's summary is the agent's own words, and no source for its next message.
+            ticket = created["id"]
+            if message.content.startswith("created "):
+                own_tickets.add(ticket)
+            sources.append(created[0] if ticket in own_tickets else message.content)
+        else:
+            sources.append(message.content)
 
 
 def _searches(case: Case) -> Iterator[Rejection]:

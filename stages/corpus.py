@@ -1,6 +1,6 @@
 """Check the companies as written, and measure what a surface reader could learn from them.
 
-Reads   data/companies/
+Reads   data/companies/, data/blind_labels/
 Writes  metrics/corpus.json
 
 `python -m stages.corpus SLUG` prints one company's faults and figures while it is being written;
@@ -20,11 +20,12 @@ from agent.kb import KnowledgeBase
 from agent.protocol import system_prompt
 from agent.replay import reference_messages
 from schemas.action import TOOLS, ActionName
-from schemas.company import COMPANIES, Company, Kind, load_companies, load_company
+from schemas.company import Company, Kind, load_companies, load_company
 from schemas.errors import InputError
 from stages._rules import examine
 from stages._stage import DataParams, load_params, run, say, write_metrics
 
+BLIND_LABELS = Path("data/blind_labels")
 METRICS = Path("metrics/corpus.json")
 POLICY_WORDS = 150
 ARTICLE_WORDS = (50, 120)
@@ -52,7 +53,7 @@ def _normal(text: str) -> str:
 
 
 def repeats(companies: list[Company]) -> list[str]:
-    """Lines, sentences (of five words or more), thoughts or queries that occur twice, and openings too alike."""
+    """Lines, sentences (of five words or more), thoughts or customers' aims that occur twice, and openings too alike."""
     where: dict[tuple[str, str], str] = {}
     found = []
     for company in companies:
@@ -63,6 +64,7 @@ def repeats(companies: list[Company]) -> list[str]:
             pieces = [(who, text) for who, text in texts]
             pieces += [("sentence", part) for _, text in texts for part in re.split(r"(?<=[.!?])\s+|\n+", text) if len(part.split()) >= 5]
             pieces += [("thought", step.thought) for step in scenario.steps]
+            pieces += [("aim and facts", f"{scenario.customer.aim} {scenario.customer.facts}")]
             for who, text in pieces:
                 key = (who, _normal(text))
                 if key in where:
@@ -108,6 +110,8 @@ def surface_auc(rows: list[dict[str, Any]]) -> dict[str, float]:
     from sklearn.metrics import roc_auc_score
 
     gold = [row["escalate"] for row in rows]
+    if len(set(gold)) < 2:
+        return {}
     first = [row for row in rows if not row["after_tool"]]
     result = {name: float(roc_auc_score(gold, [float(row[name]) for row in rows]))
               for name in ("last_words", "customer_turns", "position", "after_tool")}
@@ -141,7 +145,7 @@ def describe(company: Company) -> dict[str, Any]:
         "median_last_words": {
             "deciding": float(np.median([row["last_words"] for row in rows if row["escalate"]] or [0])),
             "other": float(np.median([row["last_words"] for row in rows if not row["escalate"]] or [0]))},
-        "surface_auc": surface_auc(rows) if handoffs and len(handoffs) < len(rows) else {},
+        "surface_auc": surface_auc(rows),
     }
 
 
@@ -157,6 +161,8 @@ def bag_of_words(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> dic
     from sklearn.metrics import roc_auc_score, roc_curve
     from sklearn.pipeline import make_pipeline
 
+    if any(len({row["escalate"] for row in rows}) < 2 for rows in (train, test)):
+        return {}
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, class_weight="balanced", max_iter=2000))
     model.fit([row["said"] for row in train], [row["escalate"] for row in train])
     scores, gold = model.predict_proba([row["said"] for row in test])[:, 1], [row["escalate"] for row in test]
@@ -166,7 +172,7 @@ def bag_of_words(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> dic
 
 def blind_agreement(company: Company) -> tuple[int, int]:
     """(agreeing, labelled) agent steps: a second reader's blind labels, where the company has some, against the reference."""
-    path = COMPANIES / company.slug / "blind_labels.csv"
+    path = BLIND_LABELS / f"{company.slug}.csv"
     if not path.is_file():
         return 0, 0
     gold = {(scenario.id, number): step.action is ActionName.ESCALATE
@@ -234,8 +240,9 @@ def main() -> None:
         raise InputError(f"the corpus has {len(found)} faults, the first: {found[0]}", "python -m stages.corpus SLUG lists a company's")
     metrics = measure(companies, data.held_out)
     write_metrics(METRICS, metrics)
+    bag = metrics['bag_of_words']['pooled'].get('auc', float('nan'))
     say(f"corpus: {len(companies)} companies, {metrics['scenarios']} scenarios, {metrics['agent_steps']} agent steps, no faults; "
-        f"bag of words on held-out: AUC {metrics['bag_of_words']['pooled']['auc']:.2f}")
+        f"bag of words on held-out: AUC {bag:.2f}")
 
 
 if __name__ == "__main__":

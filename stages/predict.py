@@ -58,16 +58,14 @@ def decode_all(table: pl.DataFrame, model: Any, tokenizer: Any, params: PredictP
     rows = []
     with tqdm(total=sum(len(encoded.spans) for _, _, encoded in conversations), desc="predict", unit="turn", file=sys.stderr) as bar:
         for group in groups(conversations, params.group_conversations):
-            ways: dict[str, Any] = {"free": lambda turns: Choice(tokenizer)}
+            names = [(name, number) for _, name, encoded in group for number in range(len(encoded.spans))]
+            ways = {"free": Choice(tokenizer)}
             if with_schema:
-                ways["schema"] = lambda turns: SchemaChoice(tokenizer, engine, [schema] * len(turns))
-            decoded = decoder.decode([encoded for _, _, encoded in group], *ways.values())
-            for decoding, (turns, texts) in zip(ways, decoded, strict=True):
-                numbers: dict[int, int] = {}
-                for turn, text in zip(turns, texts, strict=True):
-                    number = numbers[turn.row] = numbers.get(turn.row, -1) + 1
-                    rows.append({"conversation_id": group[turn.row][1], "number": number, "decoding": decoding, "raw": text})
-            bar.update(len(decoded[0][0]))
+                ways["schema"] = SchemaChoice(tokenizer, engine, schema, len(names))
+            for decoding, texts in zip(ways, decoder.decode([encoded for _, _, encoded in group], *ways.values()), strict=True):
+                rows += [{"conversation_id": name, "number": number, "decoding": decoding, "raw": text}
+                         for (name, number), text in zip(names, texts, strict=True)]
+            bar.update(len(names))
     return rows
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from agent.decode import Choice, SchemaChoice, TurnDecoder, groups
+from agent.decode import Choice, SchemaChoice, TurnDecoder, groups, turns
 from schemas.action import ActionError, action_json_schema, parse_action
 from tests.students import ALL, SYSTEM, base, encoder, tokenizer
 
@@ -27,18 +27,16 @@ def encoded():
 @pytest.fixture(scope="module")
 def decoded():
     decoder = TurnDecoder(base(), tokenizer(), NEW)
-    return decoder.decode(encoded(), lambda turns: Patient(tokenizer()))[0]
+    return decoder.decode(encoded(), Patient(tokenizer()))[0]
 
 
 def test_every_agent_turn_is_decoded(decoded):
-    turns, texts = decoded
-    assert [(turn.row, turn.start) for turn in turns] == [(row, start) for row, e in enumerate(encoded()) for start, _ in e.spans]
-    assert len(texts) == len(turns)
+    assert [(turn.row, turn.start) for turn in turns(encoded())] == [(row, start) for row, e in enumerate(encoded()) for start, _ in e.spans]
+    assert len(decoded) == 7
 
 
 def test_batched_decoding_equals_generate_one_by_one(decoded):
-    turns, texts = decoded
-    for turn, text in zip(turns, texts, strict=True):
+    for turn, text in zip(turns(encoded()), decoded, strict=True):
         prompt = torch.tensor([encoded()[turn.row].ids[:turn.start]])
         with torch.inference_mode():
             out = base().generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False,
@@ -48,9 +46,8 @@ def test_batched_decoding_equals_generate_one_by_one(decoded):
 
 
 def test_giving_up_on_prose_changes_no_verdict(decoded):
-    _, whole = decoded
-    _, stopped = TurnDecoder(base(), tokenizer(), NEW).decode(encoded(), lambda turns: Choice(tokenizer()))[0]
-    for long, short in zip(whole, stopped, strict=True):
+    stopped, = TurnDecoder(base(), tokenizer(), NEW).decode(encoded(), Choice(tokenizer()))
+    for long, short in zip(decoded, stopped, strict=True):
         assert long.startswith(short)
         if long != short:
             with pytest.raises(ActionError):
@@ -72,11 +69,10 @@ def test_under_the_schema_even_the_base_model_writes_valid_steps():
     engine = llguidance.hf.from_tokenizer(tokenizer())
     schema = action_json_schema(bounded=True)
     decoder = TurnDecoder(base(), tokenizer(), 176)
-    free, constrained = decoder.decode(
-        encoded(), lambda turns: Choice(tokenizer()), lambda turns: SchemaChoice(tokenizer(), engine, [schema] * len(turns)))
-    for text in constrained[1]:
+    free, constrained = decoder.decode(encoded(), Choice(tokenizer()), SchemaChoice(tokenizer(), engine, schema, len(turns(encoded()))))
+    for text in constrained:
         parse_action(text)
-    assert free[1] != constrained[1]
+    assert free != constrained
 
 
 def test_groups_keep_companies_apart_and_lose_nothing():

@@ -1,0 +1,87 @@
+"""What an edit reaches, and that the committed lock and metrics are of this code."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def names(entries):
+    return {next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries or []}
+
+
+def outs(stage):
+    return names(stage.get("outs")) | names(stage.get("metrics"))
+
+
+def downstream(changed):
+    """The stages that read, directly or not, what the changed ones write."""
+    reached = set(changed)
+    while True:
+        written = set().union(*(outs(STAGES[name]) for name in reached))
+        more = {name for name, stage in STAGES.items() if names(stage["deps"]) & written} - reached
+        if not more:
+            return reached
+        reached |= more
+
+
+def reading(param):
+    return {name for name, stage in STAGES.items() if any(param == p or param.startswith(f"{p}.") for p in stage.get("params", []))}
+
+
+STUDENT = {"qlora_train", "predict_student", "eval_exact", "eval_judge"}
+
+
+@pytest.mark.parametrize("param, reached", [
+    ("oversample.escalation_factor", {"oversample"} | STUDENT),
+    ("qlora_train.learning_rate", STUDENT),
+    ("eval_judge.judge", {"eval_judge"}),
+    ("simulator.judge", {"eval_judge"}),
+    ("verify.calibration_one_in", {"verify", "oversample", "predict_base"} | STUDENT),
+])
+def test_an_edited_parameter_reruns_what_it_must_and_no_more(param, reached):
+    assert downstream(reading(param)) == reached
+
+
+@pytest.mark.parametrize("file, reached", [
+    ("simulator/judge.py", {"eval_judge"}),
+    ("stages/eval_judge.py", {"eval_judge"}),
+    ("stages/oversample.py", {"oversample"} | STUDENT),
+    ("agent/endpoint.py", {"teacher_gen", "verify", "oversample", "predict_base", "eval_judge"} | STUDENT),
+    ("agent/decode.py", {"predict_base", "predict_student", "eval_exact", "eval_judge"}),
+])
+def test_an_edited_file_reruns_what_it_must_and_no_more(file, reached):
+    assert downstream({name for name, stage in STAGES.items() if file in names(stage["deps"])}) == reached
+
+
+def test_local_inference_never_makes_the_paid_stage_stale():
+    assert not {"agent/student.py", "agent/decode.py", "agent/encode.py"} & names(STAGES["teacher_gen"]["deps"])
+
+
+def test_the_committed_lock_is_of_this_code_these_companies_and_these_parameters():
+    """`dvc status` in a clone without data reports missing outputs as deleted; a modified file means the lock is stale."""
+    status = json.loads(subprocess.run(["dvc", "status", "--json"], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    stale = {(stage, path): state for stage, changes in status.items() for change in changes if isinstance(change, dict)
+             for kind, paths in change.items() if isinstance(paths, dict)
+             for path, state in paths.items() if state not in ("deleted", "not in cache")}
+    assert not stale
+
+
+def test_metrics_and_predictions_are_in_git_and_small():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name, stage in STAGES.items():
+        for metric in names(stage.get("metrics")):
+            assert metric in tracked, f"{name}: {metric}"
+    assert "data/eval_exact/predictions.parquet" in tracked
+    assert (ROOT / "data/eval_exact/predictions.parquet").stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("command", [["metrics", "show"], ["dag"], ["params", "diff"]])
+def test_dvc_commands_work_as_they_come(command):
+    done = subprocess.run(["dvc", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

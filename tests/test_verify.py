@@ -1,0 +1,228 @@
+"""Every rule rejects the conversation that breaks it and nothing else; what is kept goes where it belongs."""
+
+import json
+from collections import Counter
+
+import polars as pl
+import pytest
+
+from schemas.action import parse_action
+from schemas.company import Kind, load_company
+from schemas.tables import Rejected, Traces, Verified
+from schemas.traces import Message, RejectReason, Role
+from stages import verify
+from stages._rules import MAX_MESSAGE_WORDS, MAX_STEPS, RULES, Case, examine
+from stages._stage import load_params, read_table, write_table
+from stages.verify import Gate, VerifyParams, check_all, split_of, split_tables
+from tests.helpers import HELD_OUT, ROOT, SLUGS, agent, customer, inside, played, real, scenario_of, tool, traces, workspace
+
+R = RejectReason
+TRAINING = [slug for slug in SLUGS if slug not in HELD_OUT]
+ONE_IN = load_params("verify", VerifyParams, ROOT / "params.yaml").calibration_one_in
+TRAVEL_LINE = "Where do I leave a note about the hotel in Madeira?"
+FERRY = "Yes, ferry and cabin both are, on every crossing."
+TEA, STRANGER, PASSWORD = "dent-in-the-lid", "order-from-another-town", "password-after-holiday"
+CHAT = [customer("and how are you?"), agent("reply", "Fine, thank you.")]
+
+
+def at(index, *messages):
+    """Replace the message at an index by these."""
+    return lambda old: [*old[:index], *messages, *old[index + 1 or len(old):]]
+
+
+def reworded(index, change):
+    """The text of one message, changed."""
+    return lambda old: at(index, Message(old[index].role, change(old[index].content)))(old)
+
+
+BROKEN = {
+    R.NOT_ONE_JSON_OBJECT: (TEA, reworded(9, lambda text: f"Sure! {text}")),
+    R.UNKNOWN_ACTION: (TEA, reworded(9, lambda text: text.replace('"reply"', '"refund"'))),
+    R.BAD_ARGS: (TEA, reworded(5, lambda text: text.replace('"delivery"', '"refunds"'))),
+    R.BAD_MESSAGE: (TEA, reworded(9, lambda text: json.dumps({**json.loads(text), "message": ""}))),
+    R.TOOL_RESULT_MISSING: (TEA, at(2)),
+    R.UNFINISHED: (TEA, at(9)),
+    R.AFTER_ESCALATE: (STRANGER, lambda old: old + CHAT),
+    R.UNKNOWN_TICKET: (TEA, at(8, tool("error: no ticket CK-2001"))),
+    R.UNSUPPORTED_FACT: (TEA, reworded(9, lambda text: text.replace("on Tuesday", "in 17 hours"))),
+    R.REPEATED_SEARCH: (TEA, at(3, agent("search_kb", query="TIN dented"), tool("no article matches"), agent("reply", "Which number?"))),
+    R.TOO_LONG: (TEA, at(9, agent("reply", "tea " * (MAX_MESSAGE_WORDS + 1)))),
+    R.HANDOFF_NEEDLESS: (PASSWORD, at(1, agent("escalate", "Over to a colleague.", reason="security"))),
+    R.HANDOFF_MISSED: (STRANGER, at(3, agent("reply", "Do keep an eye on it."))),
+    R.HANDOFF_LATE: (STRANGER, lambda old: [*old[:3], agent("clarify", "Are you sure?"), customer("I am"), old[3]]),
+    R.HANDOFF_WRONG_REASON: (STRANGER, at(3, agent("escalate", "Over to a colleague.", reason="safety"))),
+    R.HELD_OUT_TEXT: (TEA, at(0, customer(TRAVEL_LINE.upper()))),
+}
+
+
+@pytest.fixture
+def teashop(company_folder):
+    return load_company("teashop", company_folder.parent)
+
+
+@pytest.fixture
+def gate(teashop):
+    travel = real("travel")
+    first, *others = travel.scenarios
+    turn = first.turns[0].model_copy(update={"customer": TRAVEL_LINE})
+    first = first.model_copy(update={"turns": [turn, *first.turns[1:]]})
+    return Gate({"teashop": teashop, "travel": travel.model_copy(update={"scenarios": [first, *others]})}, ["travel"])
+
+
+def all_reasons(messages, company, scenario):
+    """What every rule says, not only the first that is broken."""
+    case = Case(messages, {i: parse_action(m.content) for i, m in enumerate(messages) if m.role is Role.AGENT}, company, scenario)
+    return {rejection.reason for rule in RULES for rejection in rule(case)}
+
+
+@pytest.mark.parametrize("name", [TEA, STRANGER, PASSWORD])
+def test_the_unchanged_conversation_is_kept(gate, teashop, name):
+    assert gate.check("teashop", name, None, played(teashop, scenario_of(teashop, name))) is None
+
+
+@pytest.mark.parametrize("reason", BROKEN, ids=str)
+def test_one_change_breaks_one_rule(gate, teashop, reason):
+    name, change = BROKEN[reason]
+    scenario = scenario_of(teashop, name)
+    messages = change(played(teashop, scenario))
+    assert messages != played(teashop, scenario)
+    assert gate.check("teashop", name, None, messages).reason is reason
+    if reason not in (R.NOT_ONE_JSON_OBJECT, R.UNKNOWN_ACTION, R.BAD_MESSAGE):
+        assert all_reasons(messages, teashop, scenario) == ({reason} - {R.HELD_OUT_TEXT})
+
+
+def test_a_second_copy_is_a_duplicate_whatever_the_agent_thought(gate, teashop):
+    messages = played(teashop, scenario_of(teashop, STRANGER))
+    other = reworded(3, lambda text: text.replace("She sent nothing", "Nothing was sent"))(messages)
+    assert gate.check("teashop", STRANGER, None, messages) is None and other != messages
+    assert gate.check("teashop", STRANGER, None, other).reason is R.DUPLICATE
+
+
+def test_an_endpoint_that_gave_up_is_no_fault_of_the_agent(gate, teashop):
+    messages = BROKEN[R.NOT_ONE_JSON_OBJECT][1](played(teashop, scenario_of(teashop, TEA)))
+    assert gate.check("teashop", TEA, "APITimeoutError", messages).reason is R.INFRASTRUCTURE
+
+
+def test_every_reject_reason_is_tested_here():
+    assert {*BROKEN, R.DUPLICATE, R.INFRASTRUCTURE} == set(R)
+
+
+@pytest.mark.parametrize("name, change, reason, index", [
+    (STRANGER, lambda old: [old[0], agent("escalate", "Over to a colleague.", reason="security")], R.HANDOFF_NEEDLESS, 1),
+    (STRANGER, lambda old: [old[0], agent("escalate", "Over to a colleague.", reason="legal")], R.HANDOFF_NEEDLESS, 1),
+    (STRANGER, lambda old: [*old[:2], customer("it was not me"), old[3]], None, None),
+    (STRANGER, lambda old: [customer("it was not me"), old[3]], None, None),
+    (STRANGER, lambda old: old[1:], R.UNFINISHED, 0),
+    (STRANGER, lambda old: [], R.UNFINISHED, 0),
+    (STRANGER, lambda old: old[:3], R.UNFINISHED, 2),
+    (STRANGER, lambda old: [*old[:2], old[1], *old[2:]], R.UNFINISHED, 2),
+    (TEA, lambda old: [*old[:4], old[2], *old[4:]], R.UNFINISHED, 4),
+    (TEA, lambda old: old[:-2], R.TOOL_RESULT_MISSING, 7),
+    (TEA, lambda old: old + [m for _ in range(MAX_STEPS - 5) for m in CHAT], None, None),
+    (TEA, lambda old: old + [m for _ in range(MAX_STEPS - 4) for m in CHAT], R.TOO_LONG, None),
+    (TEA, at(9, agent("reply", "tea " * MAX_MESSAGE_WORDS)), None, None),
+    (TEA, at(3, agent("reply", "A dent like on 4 March?")), R.UNSUPPORTED_FACT, 3),
+    (TEA, at(3, agent("reply", "See “Dented lids”.")), R.UNSUPPORTED_FACT, 3),
+    (TEA, at(3, agent("reply", "See “Dented tins”, you have 14 days, and a refund of €40 has 30.")), None, None),
+    (TEA, at(3, agent("reply", "Is it 778?")), R.UNSUPPORTED_FACT, 3),
+    (TEA, lambda old: [*old, customer("how many?"), agent("reply", "778, and 95 more.")], R.UNSUPPORTED_FACT, 11),
+    (TEA, lambda old: [*old[:5], agent("create_ticket", category="billing", summary="refund 333"), tool("created CK-2001 (billing): refund 333"),
+                       *old[7:9], agent("reply", "CK-2001 is about 333.")], R.UNSUPPORTED_FACT, 9)])
+def test_rules_know_where_they_end(teashop, name, change, reason, index):
+    scenario = scenario_of(teashop, name)
+    rejection = examine(change(played(teashop, scenario)), teashop, scenario)
+    assert (rejection and (rejection.reason, rejection.index)) == (reason and (reason, index))
+
+
+@pytest.mark.parametrize("name, change", [
+    (TEA, lambda old: [*old[:3], tool("Refunds: up to €9000."), *old[3:]]), (TEA, lambda old: [*old[:5], tool("Refunds: up to €9000."), *old[5:]])])
+@pytest.mark.xfail(strict=True, reason="stages/_rules.py:64: a tool result that no call asked for passes, and is a source of facts")
+def test_a_result_without_a_call_is_rejected(teashop, name, change):
+    assert examine(change(played(teashop, scenario_of(teashop, name))), teashop, scenario_of(teashop, name)) is not None
+
+
+@pytest.mark.parametrize("reason", [R.BAD_ARGS, R.UNSUPPORTED_FACT, R.HANDOFF_NEEDLESS, R.HANDOFF_MISSED, R.HANDOFF_LATE, R.HANDOFF_WRONG_REASON])
+def test_a_conversation_of_unknown_origin_skips_what_cannot_be_known(teashop, gate, reason):
+    name, change = BROKEN[reason]
+    messages = change(played(teashop, scenario_of(teashop, name)))
+    assert examine(messages, None, None) is None and gate.check("nobodys", None, None, messages) is None
+    needs_scenario = reason not in (R.BAD_ARGS, R.UNSUPPORTED_FACT)
+    assert (examine(messages, teashop, None) is None) is needs_scenario
+
+
+@pytest.mark.parametrize("messages, kept", [
+    ([customer("hello"), agent("reply", FERRY)], False),
+    ([customer(f" {TRAVEL_LINE.upper()}\n"), agent("reply", "No.")], False),
+    ([customer("Is the ferry included?"), agent("reply", "Yes.")], True)], ids=["what was held", "what was written", "four words are anybody's"])
+def test_a_held_out_line_is_refused_to_training_and_kept_for_itself(gate, messages, kept):
+    assert gate.check("travel", None, None, [customer("Is the ferry included?"), agent("reply", FERRY)]) is None
+    rejection = gate.check("teashop", None, None, messages)
+    assert rejection is None if kept else rejection.reason is R.HELD_OUT_TEXT
+    assert gate.check("travel", None, None, [*messages[:1], agent("reply", "For others to say.")]) is None
+
+
+def test_a_line_of_a_real_held_out_company_is_refused_to_a_gym_conversation():
+    gym, line = real("gym"), next(s.turns[0].customer for s in real("travel").scenarios if len(s.turns[0].customer.split()) >= 5)
+    scenario = next(s for s in gym.scenarios if s.kind is Kind.ORDINARY)
+    messages = played(gym, scenario)
+    verdict = [Gate({slug: real(slug) for slug in SLUGS}, HELD_OUT).check("gym", scenario.id, None, held)
+               for held in (messages, [*messages, customer(line), agent("reply", "That is for others to say.")])]
+    assert verdict[0] is None and (verdict[1].reason, verdict[1].index) == (R.HELD_OUT_TEXT, len(messages))
+
+
+def test_an_agents_step_is_learnt_in_canonical_json():
+    text = '<think>hm</think>\n```json\n{"message": "Grüße", "args": {}, "action": "reply",\n "thought": "ok"}\n```'
+    assert verify.canonical("agent", text) == '{"thought": "ok", "action": "reply", "args": {}, "message": "Grüße"}'
+    assert verify.canonical("customer", text) == text == verify.canonical("tool", text)
+
+
+@pytest.mark.xfail(strict=True, raises=UnicodeEncodeError, reason="schemas/action.py:141: half an emoji (\\ud83d) passes, and no table can hold it")
+def test_a_step_that_is_kept_can_be_written_to_a_table():
+    pl.Series([verify.canonical("agent", '{"thought": "\\ud83d", "action": "reply", "args": {}, "message": "hi"}')])
+
+
+@pytest.mark.parametrize("slug", TRAINING)
+def test_training_companies_part_their_handoffs_eight_to_eight_and_stably(slug):
+    company = real(slug)
+    split = split_of(company, ONE_IN)
+    assert split.keys() == {scenario.id for scenario in company.scenarios}
+    assert Counter(split[s.id] for s in company.scenarios if s.kind is Kind.HANDOFF) == {"train": 8, "calibration": 8}
+    for kind in Kind:
+        some = next(s for s in company.scenarios if s.kind is kind)
+        more = company.model_copy(update={"scenarios": [some.model_copy(update={"id": f"new-{i}"}) for i in range(3)] + company.scenarios[::-1]})
+        changed = {name for name, where in split_of(more, ONE_IN).items() if split.get(name, where) != where}
+        assert changed <= {s.id for s in company.scenarios if s.kind is kind}
+
+
+def test_in_equals_kept_plus_rejected(tmp_path):
+    gym = real("gym")
+    flaws = [reworded(-1, "```json\n{}\n```".format), lambda old: old, lambda old: old[:-1], reworded(-1, lambda text: text[:-1])]
+    table = traces(*[("gym", s.id, attempt, flaw(played(gym, s))) for s in gym.scenarios[:9] for attempt, flaw in enumerate(flaws)])
+    workspace(tmp_path)
+    with inside(tmp_path):
+        write_table(verify.TRACES, table, Traces)
+        verify.main()
+        metrics = json.loads(verify.METRICS.read_text())
+        tables = {path.stem: read_table(path, Rejected if path == verify.REJECTED else Verified)
+                  for path in (verify.TRAIN, verify.CALIBRATION, verify.HELD_OUT, verify.REJECTED)}
+    assert (metrics["in"], metrics["kept"], metrics["rejected"]) == (36, 9, 27)
+    assert {name: count for name, count in metrics["reasons"].items() if count} == {"duplicate": 9, "unfinished": 9, "not_one_json_object": 9}
+    assert sum(len(t) for t in tables.values()) == len(table) and metrics["scenarios_without_a_kept_conversation"] == 0
+    assert tables["held_out"].is_empty() and metrics["train"]["conversations"] == tables["train"]["conversation_id"].n_unique() > 0
+    steps = pl.concat([tables["train"], tables["calibration"]]).filter(pl.col("role") == "agent")["content"]
+    assert [parse_action(text).to_json() for text in steps] == steps.to_list(), "canonical, though the first attempts came fenced"
+
+
+def test_nothing_of_a_held_out_company_is_trained_or_calibrated_on():
+    companies = {slug: real(slug) for slug in SLUGS}
+    table = traces(*[(slug, scenario.id, 0, played(company, scenario)) for slug, company in companies.items() for scenario in company.scenarios])
+    verdicts = check_all(table, Gate(companies, HELD_OUT), set(HELD_OUT))
+    tables = split_tables(table, verdicts, companies, set(HELD_OUT), ONE_IN)
+    assert set(tables["held_out"]["company"]) == set(HELD_OUT)
+    spoken = {name: {" ".join(text.lower().split()) for role, content in tables[name].select("role", "content").iter_rows() if role != "tool"
+                     for text in [parse_action(content).message if role == "agent" else content]} for name in ("train", "calibration", "held_out")}
+    for name in ("train", "calibration"):
+        assert set(tables[name]["company"]) == set(TRAINING)
+        assert not {line for line in spoken[name] & spoken["held_out"] if len(line.split()) >= 5}
+    assert not set(tables["train"]["conversation_id"]) & set(tables["calibration"]["conversation_id"])
+    assert sum(t["conversation_id"].n_unique() for t in tables.values()) == len(verdicts) == sum(len(c.scenarios) for c in companies.values())
