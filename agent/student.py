@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from agent.paths import CACHE
 from schemas.errors import InputError
 
+# Attention over shared keys and values, instead of copies of them for every query head (transformers' own switch; on a
+# CPU, copying takes longer than attending).
+os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
 WEIGHTS = CACHE / "weights"
 """Converted weights; made once, never an output of the pipeline."""
 

@@ -152,6 +152,8 @@ def parse_action(text: str) -> Action:
         text = fenced[1]
     try:
         data = json.loads(text, object_pairs_hook=_no_repeats)
+        # Half a surrogate pair, escaped, is JSON but no text that could be stored or sent.
+        json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ActionError(ActionFault.NOT_ONE_JSON_OBJECT, str(error)) from None
     if not isinstance(data, dict):
@@ -161,7 +163,7 @@ def parse_action(text: str) -> Action:
     thought, action, args, message = (data.get(key) for key in ("thought", "action", "args", "message"))
     if not isinstance(thought, str):
         raise ActionError(ActionFault.NOT_ONE_JSON_OBJECT, "no text under 'thought'")
-    if not isinstance(action, str):
+    if not isinstance(action, str) or action not in ActionName.__members__.values():
         raise ActionError(ActionFault.UNKNOWN_ACTION, repr(action))
     if not isinstance(args, dict):
         raise ActionError(ActionFault.BAD_ARGS, "no object under 'args'")

@@ -247,12 +247,25 @@ def _read_text(path: Path) -> str:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(_read_text(path), Loader=yaml.CSafeLoader)
-    except yaml.YAMLError as error:
+        return yaml.load(_read_text(path), Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
-        raise InputError(f"{path}{line} is not YAML: {getattr(error, 'problem', error)}",
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise InputError(f"{path}{line} is not YAML: {problem}",
                          "put text with a colon, '#' or quotes in a block scalar (|-)") from None
+
+
+class _Loader(yaml.CSafeLoader):
+    """YAML in which a key that occurs twice is a fault: the first value would be lost in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping with each key once."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _read_article(path: Path) -> Article:

@@ -27,6 +27,12 @@ class Conversations(pa.DataFrameModel):
 
     @pa.dataframe_check
     @classmethod
+    def conversations_stand_together(cls, data: pa.PolarsData) -> pl.LazyFrame:
+        """No conversation begins twice."""
+        return data.lazyframe.select(((pl.col("index") == 0).sum() == pl.col("conversation_id").n_unique()) | (pl.len() == 0))
+
+    @pa.dataframe_check
+    @classmethod
     def messages_are_in_order(cls, data: pa.PolarsData) -> pl.LazyFrame:
         """A conversation's rows stand together, numbered 0, 1, 2, …"""
         previous = pl.col("index").shift(1)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 import yaml
+from pydantic import ValidationError
 
 from schemas.company import load_companies
 from simulator.server import make_app
@@ -23,7 +24,12 @@ from simulator.server import make_app
 def main() -> None:
     # By name, so that an edit to the judge leaves the stage that the teacher plays in up to date.
     role = import_module(f"simulator.{sys.argv[1]}")
-    rates = role.Rates.model_validate(yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["simulator"][sys.argv[1]])
+    try:
+        rates = role.Rates.model_validate(yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["simulator"][sys.argv[1]])
+    except (ValidationError, KeyError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": error.args, "msg": "missing"}
+        print(f"error: params.yaml: simulator.{sys.argv[1]}.{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return
     app = make_app(role.Player(load_companies(), rates).answer)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -25,8 +25,9 @@ def simulator_for(role: str, *endpoints: EndpointParams) -> Iterator[str | None]
     with subprocess.Popen([sys.executable, "-m", "simulator", role], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
         try:
-            if not (address := process.stdout.readline().strip()):
-                raise InputError("the simulator did not start", f"python -m simulator {role} shows why")
+            address = process.stdout.readline().strip()
+            if not address.startswith("http"):
+                raise InputError(address.removeprefix("error: ") or "the simulator did not start", f"python -m simulator {role} shows why")
             yield address
         finally:
             process.stdin.close()

@@ -44,8 +44,8 @@ def load_params(section: str, model: type[_P], path: Path = PARAMS) -> _P:
     """
     try:
         everything = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read: {error}", "git checkout params.yaml brings the default back") from None
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}", "git checkout params.yaml brings the default back") from None
     if not isinstance(everything, dict) or section not in everything:
         raise InputError(f"{path} has no section '{section}'", f"git diff {path} shows what changed")
     try:
@@ -109,7 +109,7 @@ def read_table(path: Path, schema: type[pa.DataFrameModel]) -> pl.DataFrame:
     try:
         frame = pl.read_parquet(path)
         return schema.validate(frame)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         problem = str(error).splitlines()[0]
     except (pandera.errors.SchemaError, pandera.errors.SchemaErrors) as error:
         problem = " ".join(str(error).split())[:200]
@@ -126,6 +126,8 @@ def write_table(path: Path, frame: pl.DataFrame, schema: type[pa.DataFrameModel]
 
 
 def _producer(path: Path) -> str:
+    if path.parent.name == "predict":
+        return f"predict_{path.stem}"
     return path.parent.name if path.parent.parent.name in {"data", "models"} else path.stem
 
 

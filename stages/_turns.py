@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from schemas.action import ActionName, parse_action
+from schemas.action import ActionError, ActionName, parse_action
+from schemas.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
@@ -15,7 +16,10 @@ def escalations(table: pl.DataFrame) -> pl.DataFrame:
     import polars as pl
 
     agent = table.filter(pl.col("role") == "agent")
-    escalates = [parse_action(text).action is ActionName.ESCALATE for text in agent["content"]]
+    try:
+        escalates = [parse_action(text).action is ActionName.ESCALATE for text in agent["content"]]
+    except ActionError as error:
+        raise InputError(f"the table holds an agent message that is no step: {error}", "dvc repro --force verify") from None
     return (agent.with_columns(pl.Series("escalates", escalates, dtype=pl.Int64))
             .group_by("conversation_id", maintain_order=True).agg(pl.len().cast(pl.Int64).alias("turns"), pl.col("escalates").sum()))
 

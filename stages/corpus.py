@@ -20,10 +20,10 @@ from agent.kb import KnowledgeBase
 from agent.protocol import system_prompt
 from agent.replay import reference_messages
 from schemas.action import TOOLS, ActionName
-from schemas.company import Company, Kind, load_companies, load_company
+from schemas.company import Company, Kind, load_company
 from schemas.errors import InputError
 from stages._rules import examine
-from stages._stage import DataParams, load_params, run, say, write_metrics
+from stages._stage import DataParams, load_params, run, say, used_companies, write_metrics
 
 BLIND_LABELS = Path("data/blind_labels")
 METRICS = Path("metrics/corpus.json")
@@ -234,7 +234,7 @@ def main() -> None:
         check_one(options.slug, options.search)
         return
     data = load_params("data", DataParams)
-    companies = load_companies()
+    companies = used_companies(data)
     found = [f"{slug}: {fault}" for slug, company in companies.items() for fault in faults(company)] + repeats(list(companies.values()))
     if found:
         raise InputError(f"the corpus has {len(found)} faults, the first: {found[0]}", "python -m stages.corpus SLUG lists a company's")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from schemas.action import ActionError, parse_action
+from schemas.errors import InputError
 from schemas.metrics import ExactMetrics
 from schemas.tables import SCORED, Predictions, Replies, Verified
 from stages._rates import rate
@@ -83,6 +84,10 @@ def main() -> None:
 
     gold = gold_turns(read_table(HELD_OUT, Verified))
     replies = parse_replies(pl.concat([read_table(BASE_REPLIES, Replies), read_table(STUDENT_REPLIES, Replies)]))
+    for model, decoding in (("base", "free"), ("base", "schema"), ("student", "free")):
+        mine = replies.filter((pl.col("model") == model) & (pl.col("decoding") == decoding))
+        if missing := len(gold.join(mine, on=["conversation_id", "number"], how="anti")):
+            raise InputError(f"{missing} of {len(gold)} agent turns have no {decoding} reply of {model}", f"dvc repro --force predict_{model}")
     rows = gold.join(replies, on=["conversation_id", "number"], how="inner").sort("company", "conversation_id", "index", "model", "decoding")
     write_table(PREDICTIONS, rows, Predictions)
     counts: dict[str, Any] = {company: {model: score(rows.filter(pl.col("company") == company), model) for model in SCORED}

@@ -172,11 +172,17 @@ def test_the_schema_with_categories_accepts_only_those():
     assert accepted(step) and accepted(step, ticket_categories=["billing"]) and not accepted(step, ticket_categories=["delivery"])
 
 
-@pytest.mark.parametrize("place, most", [("thought", 160), ("message", 300)])
-def test_the_bounded_schema_limits_every_text(place, most):
-    step = {"thought": "t", "action": "reply", "args": {}, "message": "m"}
-    assert accepted(step | {place: "é" * most}, bounded=True) and not accepted(step | {place: "é" * (most + 1)}, bounded=True)
-    assert accepted(step | {place: "é" * (most + 1)})
+TEXTS = [("reply", "thought"), ("reply", "message"), *((action, key) for action, args in ARGS_OF.items() if action != "escalate" for key in args)]
+
+
+@pytest.mark.parametrize("action, key", TEXTS)
+def test_the_bounded_schema_limits_every_text(action, key):
+    def step(value):
+        whole = {"thought": "t", "action": action, "args": ARGS_OF[action], "message": message_of(action)}
+        return whole | ({key: value} if key in whole else {"args": ARGS_OF[action] | {key: value}})
+
+    assert accepted(step("é" * 40), bounded=True) and not accepted(step("é" * 1000), bounded=True)
+    assert accepted(step("é" * 1000))
 
 
 def test_every_action_has_one_variant_with_its_own_arguments():

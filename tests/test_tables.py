@@ -50,6 +50,7 @@ CONVERSATION_FAULTS = {
     "a gap in the index": lambda table: pl.concat([table[:1], table[2:]]),
     "the first message missing": lambda table: table[1:],
     "a message twice": lambda table: pl.concat([table[:2], table[1:]]),
+    "the first message twice": lambda table: pl.concat([table[:1], table]),
     "two conversations interleaved": lambda table: pl.concat([table[:2], table[4:], table[2:4]]),
     "an unknown role": put("role", "system"),
     "a negative index": put("index", -1),
