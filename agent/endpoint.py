@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import openai
+from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict, Field
 
 from agent.paths import CACHE
@@ -96,6 +97,8 @@ class Endpoint:
                              "correct base_url or model in params.yaml") from None
         except openai.OpenAIError as error:
             raise EndpointFailure(type(error).__name__) from error
+        if not isinstance(answer, ChatCompletion):
+            raise EndpointFailure("the answer is no chat completion")
         if not answer.choices or answer.choices[0].message.content is None:
             raise EndpointFailure("the answer holds no text")
         usage = answer.usage

@@ -28,6 +28,12 @@ class Transcript:
         self.messages.append(Message(role, content))
         self.costs.append((completion.prompt_tokens, completion.completion_tokens) if completion else (0, 0))
 
+    def also_cost(self, completion: Completion) -> None:
+        """Count a call that left no message towards the last one."""
+        if self.costs:
+            prompt, answer = self.costs[-1]
+            self.costs[-1] = prompt + completion.prompt_tokens, answer + completion.completion_tokens
+
 
 async def converse(company: Company, scenario: Scenario, world: World, teacher: Endpoint, customer: Endpoint, sample: int) -> Transcript:
     """Hold one conversation.
@@ -41,6 +47,7 @@ async def converse(company: Company, scenario: Scenario, world: World, teacher: 
         while steps < MAX_STEPS:
             said = await customer.chat(customer_chat(company, scenario, transcript.messages), sample)
             if DONE in said.text:
+                transcript.also_cost(said)
                 break
             transcript.add(Role.CUSTOMER, said.text.strip(), said)
             while steps < MAX_STEPS:

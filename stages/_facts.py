@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _DECIMAL_COMMA = re.compile(r"\d+,\d{1,2}")
-_MONTHS = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december")
-_DATE = re.compile(
-    rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?(?: of)? ({'|'.join(m[:3] for m in _MONTHS)})[a-z]*|"
-    rf"({'|'.join(m[:3] for m in _MONTHS)})[a-z]* \d{{1,2}})\b", re.IGNORECASE)
-_QUOTED = re.compile(r"[“\"]([^”\"\n]*\w \w[^”\"\n]*)[”\"]|[‘]([^’\n]*\w \w[^’\n]*)[’]")
+_MONTH = r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)"
+_DATE = re.compile(rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?(?: of)? ({_MONTH})|({_MONTH}) \d{{1,2}})\b", re.IGNORECASE)
+_QUOTED = re.compile(r"[“\"]([^”\"\n]*)[”\"]|‘([^’\n]*)’")
 _WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
           "nineteen twenty").split()
 _NUMBER_WORDS = {word: str(number) for number, word in enumerate(_WORDS)} | {
@@ -26,12 +25,16 @@ def numbers(text: str) -> set[str]:
 
 def number_words(text: str) -> set[str]:
     """Numbers written out (`three`, `twice`), as digits. Only sources are read so: a customer may say "three", the agent answer 3."""
-    return {_NUMBER_WORDS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in _NUMBER_WORDS}
+    words = re.findall(r"[a-z]+", text.lower())
+    found = {_NUMBER_WORDS[word] for word in words if word in _NUMBER_WORDS}
+    tens = {word: value for word, value in _NUMBER_WORDS.items() if len(value) == 2 and value.endswith("0") and value > "10"}
+    return found | {tens[ten][0] + _NUMBER_WORDS[unit] for ten, unit in pairwise(words)
+                    if ten in tens and len(_NUMBER_WORDS.get(unit, "00")) == 1}
 
 
 def months(text: str) -> set[str]:
     """Months that are part of a date, by their first three letters."""
-    return {(match[1] or match[2]).lower() for match in _DATE.finditer(text)}
+    return {(match[1] or match[2]).lower()[:3] for match in _DATE.finditer(text)}
 
 
 def unsupported(message: str, sources: list[str]) -> str | None:
@@ -44,8 +47,8 @@ def unsupported(message: str, sources: list[str]) -> str | None:
         if not re.search(rf"\b{month}|-\d\d-|/\d", everything):
             return f"a date in {month}"
     for match in _QUOTED.finditer(message):
-        title = " ".join((match[1] or match[2]).lower().split()).strip(" .,!?")
-        if title not in everything:
+        title = " ".join((match[1] or match[2] or "").lower().split()).strip(" .,!?")
+        if " " in title and title not in everything:
             return f"the quotation '{title}'"
     return None
 

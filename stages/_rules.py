@@ -1,7 +1,7 @@
 """The rules a conversation must pass, each with the reason it is rejected for.
 
 Rules look at one conversation. Those that need a company (facts, ticket categories) or a scenario (the outcome) are
-skipped where there is none, as in recorded logs; `verify` counts how often.
+skipped where there is none.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ def _order(case: Case) -> Iterator[Rejection]:
             yield Rejection(RejectReason.AFTER_ESCALATE, f"a {following} message follows the hand-off", index + 1)
         if step.action in (ActionName.REPLY, ActionName.CLARIFY) and following in (Role.AGENT, Role.TOOL):
             yield Rejection(RejectReason.UNFINISHED, f"{following} speaks where the customer should", index + 1)
+    for index, role in enumerate(roles):
+        if role is Role.TOOL and (index - 1 not in case.steps or case.steps[index - 1].action not in TOOLS):
+            yield Rejection(RejectReason.UNFINISHED, "a tool result that no call asked for", index)
     if not roles or roles[0] is not Role.CUSTOMER:
         yield Rejection(RejectReason.UNFINISHED, "the customer does not open the conversation", 0)
     elif roles[-1] is not Role.AGENT:

@@ -171,16 +171,23 @@ def bag_of_words(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> dic
 
 
 def blind_agreement(company: Company) -> tuple[int, int]:
-    """(agreeing, labelled) agent steps: a second reader's blind labels, where the company has some, against the reference."""
+    """(agreeing, labelled) agent steps: a second reader's blind labels, where the company has some, against the reference.
+
+    Raises:
+        InputError: a label for a step that does not exist.
+    """
     path = BLIND_LABELS / f"{company.slug}.csv"
     if not path.is_file():
         return 0, 0
     gold = {(scenario.id, number): step.action is ActionName.ESCALATE
             for scenario in company.scenarios for number, step in enumerate(scenario.steps, 1)}
     with path.open(encoding="utf-8", newline="") as file:
-        labels = [(gold.get((row["scenario"], int(row["step"]))), row["label"] == "handoff") for row in csv.DictReader(file)]
-    known = [(wanted, given) for wanted, given in labels if wanted is not None]
-    return sum(wanted == given for wanted, given in known), len(known)
+        labels = [((row["scenario"], int(row["step"])), row["label"] == "handoff") for row in csv.DictReader(file)]
+    for step, _ in labels:
+        if step not in gold:
+            raise InputError(f"{path} has a label for {step[0]} step {step[1]}, which the company does not have",
+                             "the scenario was edited after labelling: have it labelled again, or take its rows out")
+    return sum(gold[step] == given for step, given in labels), len(labels)
 
 
 def measure(companies: dict[str, Company], held_out: list[str]) -> dict[str, Any]:

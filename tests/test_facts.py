@@ -56,17 +56,14 @@ def test_parts_may_come_from_several_sources_and_no_source_is_enough_for_no_fact
     assert unsupported("We have 5.", []) == "the number 5"
 
 
-@pytest.mark.xfail(strict=True, reason="stages/_facts.py:11: any word that begins like a month after a number is a date ('2 separate', '3 decent')")
 @pytest.mark.parametrize("text", ["They went out in 2 separate parcels.", "Give it 3 decent shakes.", "The 4 marked shelves."])
 def test_other_words_that_begin_like_a_month_are_no_date(text):
     assert months(text) == set()
 
 
-@pytest.mark.xfail(strict=True, reason="stages/_facts.py:14: the text between two quotations is taken for one where the first holds a single word")
 def test_what_stands_between_two_straight_quotations_is_not_quoted():
     assert unsupported('Choose "Returns" and then "Print label".', ["Returns: press Print label"]) is None
 
 
-@pytest.mark.xfail(strict=True, reason="stages/_facts.py:29: 'twenty-five' in a source is read as 20 and 5, so a reply's 25 is refused")
 def test_a_compound_number_word_is_one_number():
     assert unsupported("That is 25.", ["it was twenty-five"]) is None

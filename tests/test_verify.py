@@ -117,6 +117,8 @@ def test_every_reject_reason_is_tested_here():
     (STRANGER, lambda old: old[:3], R.UNFINISHED, 2),
     (STRANGER, lambda old: [*old[:2], old[1], *old[2:]], R.UNFINISHED, 2),
     (TEA, lambda old: [*old[:4], old[2], *old[4:]], R.UNFINISHED, 4),
+    (TEA, reworded(9, lambda text: text.replace("Ordered", "\\ud83d Ordered")), R.NOT_ONE_JSON_OBJECT, 9),
+    (TEA, reworded(9, lambda text: text.replace("Ordered", "\\ud83d\\ude00 Ordered")), None, None),
     (TEA, lambda old: old[:-2], R.TOOL_RESULT_MISSING, 7),
     (TEA, lambda old: old + [m for _ in range(MAX_STEPS - 5) for m in CHAT], None, None),
     (TEA, lambda old: old + [m for _ in range(MAX_STEPS - 4) for m in CHAT], R.TOO_LONG, None),
@@ -136,7 +138,6 @@ def test_rules_know_where_they_end(teashop, name, change, reason, index):
 
 @pytest.mark.parametrize("name, change", [
     (TEA, lambda old: [*old[:3], tool("Refunds: up to €9000."), *old[3:]]), (TEA, lambda old: [*old[:5], tool("Refunds: up to €9000."), *old[5:]])])
-@pytest.mark.xfail(strict=True, reason="stages/_rules.py:64: a tool result that no call asked for passes, and is a source of facts")
 def test_a_result_without_a_call_is_rejected(teashop, name, change):
     assert examine(change(played(teashop, scenario_of(teashop, name))), teashop, scenario_of(teashop, name)) is not None
 
@@ -161,6 +162,12 @@ def test_a_held_out_line_is_refused_to_training_and_kept_for_itself(gate, messag
     assert gate.check("travel", None, None, [*messages[:1], agent("reply", "For others to say.")]) is None
 
 
+def test_what_was_held_is_known_before_training_companies_are_looked_at(gate):
+    messages = [customer("the ferry?"), agent("reply", FERRY)]
+    verdicts = check_all(traces(("teashop", "new", 0, messages), ("travel", "new", 0, messages)), gate, {"travel"})
+    assert verdicts["travel/new/0"] is None and verdicts["teashop/new/0"].reason is R.HELD_OUT_TEXT
+
+
 def test_a_line_of_a_real_held_out_company_is_refused_to_a_gym_conversation():
     gym, line = real("gym"), next(s.turns[0].customer for s in real("travel").scenarios if len(s.turns[0].customer.split()) >= 5)
     scenario = next(s for s in gym.scenarios if s.kind is Kind.ORDINARY)
@@ -174,11 +181,6 @@ def test_an_agents_step_is_learnt_in_canonical_json():
     text = '<think>hm</think>\n```json\n{"message": "Grüße", "args": {}, "action": "reply",\n "thought": "ok"}\n```'
     assert verify.canonical("agent", text) == '{"thought": "ok", "action": "reply", "args": {}, "message": "Grüße"}'
     assert verify.canonical("customer", text) == text == verify.canonical("tool", text)
-
-
-@pytest.mark.xfail(strict=True, raises=UnicodeEncodeError, reason="schemas/action.py:141: half an emoji (\\ud83d) passes, and no table can hold it")
-def test_a_step_that_is_kept_can_be_written_to_a_table():
-    pl.Series([verify.canonical("agent", '{"thought": "\\ud83d", "action": "reply", "args": {}, "message": "hi"}')])
 
 
 @pytest.mark.parametrize("slug", TRAINING)
