@@ -206,3 +206,13 @@ def test_blind_agreement_counts_both_labels(company_folder, monkeypatch):
     rows = ["order-from-another-town,1,go_on", "order-from-another-town,2,go_on", "dent-in-the-lid,1,handoff", "dent-in-the-lid,2,go_on"]
     (BLIND_LABELS / "teashop.csv").write_text("\n".join(["scenario,step,label", *rows]))
     assert blind_agreement(load_company("teashop")) == (2, 4)
+
+
+def test_the_data_card_shows_the_figures_of_the_corpus():
+    import json
+
+    import yaml
+
+    from stages.card import figures
+    held_out = yaml.safe_load((ROOT / "params.yaml").read_text())["data"]["held_out"]
+    assert figures(json.loads((ROOT / "metrics/corpus.json").read_text()), held_out) in (ROOT / "data/README.md").read_text(encoding="utf-8")
