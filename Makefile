@@ -8,6 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HANDOFF_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export PYTHONWARNINGS ?= ignore::FutureWarning
 
 .PHONY: repro quick test lint
 
