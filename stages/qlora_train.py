@@ -198,6 +198,8 @@ def main() -> None:
     result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     seconds = time.monotonic() - started
 
+    # DVCLive's callback writes the trainer's arguments down too: ours are in params.yaml, and its copy names this machine's folders.
+    (CURVE / "params.yaml").unlink(missing_ok=True)
     shutil.rmtree(ADAPTER, ignore_errors=True)
     model.save_pretrained(str(ADAPTER))
     shutil.rmtree(folder)
