@@ -3,7 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -97,7 +97,7 @@ def test_the_judge_refuses_a_conversation_from_no_scenario(judge):
 
 @pytest.mark.parametrize("method, path, status", [("GET", "chat/completions", 405), ("POST", "models", 405), ("GET", "embeddings", 404)])
 def test_there_are_two_routes_and_no_more(actors, method, path, status):
-    assert httpx.request(method, f"{actors.base_url}{path}").status_code == status
+    assert httpx2.request(method, f"{actors.base_url}{path}").status_code == status
 
 
 def test_teacher_and_customer_play_the_scenario_to_its_end(actors):
