@@ -17,7 +17,8 @@ repro: $(BIN)/.installed
 	python -m stages.table
 
 quick: $(BIN)/.installed
-	dvc exp run --temp --force --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2
+	-dvc exp remove --quiet quick 2>/dev/null
+	dvc exp run --temp --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2
 	python -m stages.table --rev quick
 
 test: $(BIN)/.installed
