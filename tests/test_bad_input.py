@@ -108,7 +108,7 @@ def test_a_params_yaml_that_holds_no_parameters_is_named(work, content):
     assert "params.yaml" in refused(work, "oversample")[0]
 
 
-@pytest.mark.parametrize("stage", ["verify", "teacher_gen", "corpus"])
+@pytest.mark.parametrize("stage", ["verify", "teacher_gen"])
 def test_an_unknown_held_out_company_is_named_with_the_known_ones(work, stage):
     shutil.rmtree(work / "data/companies/tearoom")
     error, hint = refused(work, stage)
