@@ -11,9 +11,8 @@ from re import Pattern
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-# Private there, since that file is a dependency of training and shall not change for a name.
-from schemas.company import _read_yaml
 from schemas.action import ARGS, TOOLS, ActionName, HandoffReason
+from schemas.company import _read_yaml  # private there: that file is a dependency of training and shall not change for a name
 from schemas.errors import InputError
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
-from schemas.action import ARGS, TOOLS, ActionError, ActionName, HandoffReason, make_action, parse_action
+from schemas.action import TOOLS, ActionError, ActionName, HandoffReason, make_action, parse_action
 from schemas.mapping import LeaveOut, Mapping, ToolRule
 from schemas.recorded import UnmappedReason
 from schemas.traces import Message, Role

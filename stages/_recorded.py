@@ -171,9 +171,10 @@ def _check(logs: Logs, params: RecordedParams, data: DataParams) -> None:
             f"none of the {len(logs.lines)} conversations under {params.path} could be mapped, {worst[1]} of them for {worst[0]}; "
             f"the first: {first['file']} line {first['line']}: {first['reason']}: {' '.join(first['detail'].split())}",
             f"mend the logs or {params.mapping}; README, 'Use your own logs'")
-    companies = {row["company"] for row in logs.traces}
+    companies, held_out = {row["company"] for row in logs.traces}, set(data.held_out)
     used_companies(data, companies)
-    for missing, kind in ((companies & set(data.held_out), "is held out, so there is nothing to measure on"),
-                          (companies - set(data.held_out), "is trained on, so there is nothing to train on")):
-        if not missing:
-            raise InputError(f"no company in the logs {kind}", f"data.held_out in params.yaml names some of, and not all of: {', '.join(sorted(companies))}")
+    if not companies & held_out or companies <= held_out:
+        raise InputError(
+            f"of the companies in the logs ({', '.join(sorted(companies))}) {'all are' if companies <= held_out else 'none is'} held out, "
+            f"so there is nothing to {'train' if companies <= held_out else 'measure'} on",
+            "let data.held_out in params.yaml name some of them, and not all")

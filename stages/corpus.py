@@ -206,7 +206,9 @@ def measure(companies: dict[str, Company], held_out: list[str]) -> dict[str, Any
     return {
         "companies": {slug: describe(company) for slug, company in companies.items()},
         "scenarios": len(openings), "agent_steps": sum(map(len, rows.values())),
-        "openings": {"highest_cosine": float(similar.max()), "held_out_nearest_training_p95": float(np.percentile(nearest, 95)) if len(nearest) else 0.0},
+        "openings": {
+            "highest_cosine": float(similar.max()),
+            "held_out_nearest_training_p95": float(np.percentile(nearest, 95)) if len(nearest) else 0.0},
         "surface_auc": {"training": surface_auc(train_rows), **{slug: surface_auc(rows[slug]) for slug in held_out}},
         "bag_of_words": {
             **{slug: bag_of_words(train_rows, rows[slug]) for slug in held_out},
