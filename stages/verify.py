@@ -209,11 +209,16 @@ def main() -> None:
         raise InputError(f"{RECORDED} does not know the conversation {missing[0]} of {TRACES}", "dvc repro --force teacher_gen")
     verdicts = check_all(traces, Gate(companies, held_out), held_out)
     tables = split_tables(traces, verdicts, companies, held_out, params.calibration_one_in, told)
+    reasons = Counter(rejection.reason.value for rejection in verdicts.values() if rejection)
+    worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
+    for name, what in (("train", "train"), ("held_out", "measure")):
+        if len(recorded) and tables[name].is_empty():
+            raise InputError(f"of {len(verdicts)} recorded conversations none is left to {what} on; rejected: {worst or 'none'}",
+                             "more logs, or what the mapping may leave out; README, 'Use your own logs'")
     for path, name, schema in ((TRAIN, "train", Verified), (CALIBRATION, "calibration", Verified),
                                (HELD_OUT, "held_out", Verified), (REJECTED, "rejected", Rejected)):
         write_table(path, tables[name], schema)
 
-    reasons = Counter(rejection.reason.value for rejection in verdicts.values() if rejection)
     played = verdicts.keys() - set(recorded["conversation_id"])
     kept_scenarios = {conversation.rsplit("/", 1)[0] for conversation in played if verdicts[conversation] is None}
     all_scenarios = {conversation.rsplit("/", 1)[0] for conversation in played}
@@ -225,7 +230,6 @@ def main() -> None:
         "not_applicable": not_applicable(traces, companies),
         **{name: turn_counts(escalations(tables[name])) for name in ("train", "calibration", "held_out")}}
     write_metrics(METRICS, metrics, OriginVerifyMetrics)
-    worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
     say(f"verify: {metrics['in']} in, {metrics['kept']} kept, {metrics['rejected']} rejected ({worst or 'none'})")
 
 

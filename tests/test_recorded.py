@@ -19,7 +19,7 @@ from schemas.mapping import Mapping, load_mapping
 from schemas.recorded import OriginRule, Recorded, RecordedCounts, UnmappedReason
 from schemas.tables import Oversampled, Rejected, Traces, Verified
 from schemas.traces import Message, Role
-from stages import oversample, teacher_gen, verify
+from stages import corpus, oversample, teacher_gen, verify
 from stages._chat_log import LoggedMessage, Unmapped, map_conversation
 from stages._conversations import conversations, encode_table
 from stages._recorded import RecordedParams, read_logs
@@ -94,7 +94,8 @@ def conversation(company, *messages, name="1", **metadata):
 def read(folder, *others):
     """The logs of a folder, read with the example's mapping; an open and a held-out company are added, so that they can be parted."""
     jsonl(folder / "z", conversation("open", HI, BYE), conversation("kept-back", user("hello"), bot("Good day.")), *others)
-    return read_logs(RecordedParams(path=str(folder), mapping=str(EXAMPLES / "mapping.yaml")), DataParams(held_out=["kept-back"], scenarios_per_company=0))
+    params = RecordedParams(path=str(folder), mapping=str(EXAMPLES / "mapping.yaml"))
+    return read_logs(params, DataParams(held_out=["kept-back"], scenarios_per_company=0))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,8 @@ def test_the_example_gives_the_counts_that_readme_states(example):
     assert checked["scenarios_without_a_kept_conversation"] == 0 and checked["not_applicable"] == dict.fromkeys(OriginRule, 14)
     assert [checked[name]["conversations"] for name in ("train", "calibration", "held_out")] == [5, 4, 4]
     assert [checked[name]["handoff_turns"] for name in ("train", "calibration", "held_out")] == [1, 2, 2]
-    assert lines[0].startswith("teacher_gen: 22 recorded conversations, 14 mapped, 8 not (") and lines[2].startswith("oversample: 5 conversations become 8")
+    assert lines[0].startswith("teacher_gen: 22 recorded conversations, 14 mapped, 8 not (")
+    assert lines[2].startswith("oversample: 5 conversations become 8")
     assert "22 conversations in, 14 mapped and 8 not" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -132,8 +134,10 @@ def test_every_line_of_the_example_is_in_the_table_with_what_became_of_it(exampl
                for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()}
     assert set(written) == set(lines.select("file", "line").iter_rows())
     for row in lines.to_dicts():
-        assert row["raw"] == (written[row["file"], row["line"]] if row["reason"] else None) and (row["conversation_id"] is None) is bool(row["reason"])
-    assert set(lines["conversation_id"].drop_nulls()) == set(traces["conversation_id"]) and set(rejected["conversation_id"]) == {"hollin-optics/h-2049/0"}
+        assert row["raw"] == (written[row["file"], row["line"]] if row["reason"] else None)
+        assert (row["conversation_id"] is None) is bool(row["reason"])
+    assert set(lines["conversation_id"].drop_nulls()) == set(traces["conversation_id"])
+    assert set(rejected["conversation_id"]) == {"hollin-optics/h-2049/0"}
     assert json.loads(lines["metadata"][0]) == {"channel": "chat", "csat": 5}
 
 
@@ -183,7 +187,8 @@ def test_conversations_of_one_company_that_began_with_other_prompts_are_never_co
     ([HI, {**calling(LOOK), "tool_calls": [{"function": {"name": "kb_lookup", "arguments": {"q": "lenses"}}}]}, FOUND, BYE],
      [customer("hi"), SEARCH, tool("Lenses: two."), TWO]),
     ([HI, calling(LOOK), BYE], [customer("hi"), SEARCH, TWO]),
-    ([HI, bot('```json\n{"name": "kb_lookup", "parameters": {"q": "lenses"}}\n```'), FOUND, BYE], [customer("hi"), SEARCH, tool("Lenses: two."), TWO]),
+    ([HI, bot('```json\n{"name": "kb_lookup", "parameters": {"q": "lenses"}}\n```'), FOUND, BYE],
+     [customer("hi"), SEARCH, tool("Lenses: two."), TWO]),
     ([HI, bot('<tool_call>{"name": "kb_lookup", "arguments": "{\\"q\\": \\"lenses\\"}"}</tool_call>'), FOUND, BYE],
      [customer("hi"), SEARCH, tool("Lenses: two."), TWO]),
     ([HI, bot(TWO.content)], [customer("hi"), TWO]),
@@ -197,7 +202,8 @@ def test_conversations_of_one_company_that_began_with_other_prompts_are_never_co
     ([HI, user("anybody?"), BYE], [customer("hi"), customer("anybody?"), TWO]),
     ([HI, calling(PERSON, content="Over to Ines.")], [customer("hi"), step("escalate", "Over to Ines.", reason="safety")]),
     ([HI, calling(PERSON), result("ok"), bot("Over to Ines.")], [customer("hi"), step("escalate", "Over to Ines.", reason="safety")]),
-    ([HI, calling(call("transfer_to_human", why="legal")), bot("Over to Ines.")], [customer("hi"), step("escalate", "Over to Ines.", reason="legal")]),
+    ([HI, calling(call("transfer_to_human", why="legal")), bot("Over to Ines.")],
+     [customer("hi"), step("escalate", "Over to Ines.", reason="legal")]),
     ([HI, calling(LOOK, PERSON | {"id": "d"}, content="Over to Ines."), FOUND, result("ok", "d")],
      [customer("hi"), SEARCH, tool("Lenses: two."), step("escalate", "Over to Ines.", reason="safety")]),
     ([HI, bot("I am putting you through to a colleague, as you asked.")],
@@ -244,13 +250,15 @@ MESSAGES = {
             TWO.content.replace('"reply"', '"refund"'), f"Sure! {TWO.content}", "[TOOL_CALLS] kb_lookup")],
     U.TEXT_BESIDE_CALL: [[HI, calling(LOOK, content="Wait."), FOUND, BYE]],
     U.RESULT_WITHOUT_CALL: [
-        [HI, FOUND, BYE], [HI, calling(LOOK), result("x", "d"), BYE], [HI, calling(LOOK), FOUND, FOUND, BYE], [HI, calling(LOOK), user("?"), FOUND, BYE],
-        [HI, bot(TWO.content), FOUND]],
+        [HI, FOUND, BYE], [HI, calling(LOOK), result("x", "d"), BYE], [HI, calling(LOOK), FOUND, FOUND, BYE],
+        [HI, calling(LOOK), user("?"), FOUND, BYE], [HI, bot(TWO.content), FOUND]],
     U.UNCLEAR_IDS: [
         [HI, calling(call("kb_lookup", "", q="a"), call("kb_lookup", "", q="b")), result("A", ""), result("B", "")],
-        [HI, calling(LOOK, LOOK), FOUND], [HI, calling(call("kb_lookup", "1", q="a"), call("kb_lookup", "2", q="b")), result("A", "1"), result("B", "")]],
-    U.HANDOFF_WITHOUT_REASON: [[HI, bot("I am passing you on to a colleague.")], [HI, calling(call("transfer_to_human", why="bored"), content="Over.")],
-                               [HI, calling(call("transfer_to_human"), content="Over.")]],
+        [HI, calling(LOOK, LOOK), FOUND],
+        [HI, calling(call("kb_lookup", "1", q="a"), call("kb_lookup", "2", q="b")), result("A", "1"), result("B", "")]],
+    U.HANDOFF_WITHOUT_REASON: [
+        [HI, bot("I am passing you on to a colleague.")], [HI, calling(call("transfer_to_human", why="bored"), content="Over.")],
+        [HI, calling(call("transfer_to_human"), content="Over.")]],
     U.HANDOFF_WITHOUT_MESSAGE: [[HI, calling(PERSON)], [HI, calling(PERSON), result("ok"), user("?")], [HI, calling(PERSON), calling(LOOK), FOUND]],
     U.NO_AGENT_STEP: [[], [HI], [said("system", "x")], [bot("Good day."), HI]],
 }
@@ -270,7 +278,8 @@ def test_a_stated_default_reason_is_used():
 
 
 def test_a_tool_may_speak_and_have_fixed_arguments():
-    tools = {"send": {"action": "clarify", "message": "body"}, "flag": {"action": "create_ticket", "args": {"summary": "s"}, "values": {"category": "other"}}}
+    tools = {"send": {"action": "clarify", "message": "body"},
+             "flag": {"action": "create_ticket", "args": {"summary": "s"}, "values": {"category": "other"}}}
     log = [HI, calling(call("flag", s="broken")), result("7"), calling(call("send", "d", body="Which one?")), result("sent", "d")]
     assert mapped(log, tools=tools).messages == [
         customer("hi"), step("create_ticket", category="other", summary="broken"), tool("7"), step("clarify", "Which one?")]
@@ -282,7 +291,8 @@ LINES = {
                     GOOD.replace("hi", "\\ud83d").encode()],
     U.BROKEN_CONVERSATION: [b"{}", b'{"messages": [7]}', b'{"messages": "hi"}', GOOD.replace('"role": "user", ', "").encode(),
                             GOOD.replace('"company": "open"', '"company": ["open"]').encode(), GOOD.replace('"hi"', "7").encode()],
-    U.NO_COMPANY: [GOOD.replace('"open"', name).encode() for name in ("null", '""', '"Open Ltd"', '"a/b"')] + [GOOD.replace("company", "firm").encode()],
+    U.NO_COMPANY: [GOOD.replace(*change).encode() for change in (
+        ('"open"', "null"), ('"open"', '""'), ('"open"', '"Open Ltd"'), ('"open"', '"a/b"'), ("company", "firm"))],
     U.DUPLICATE_ID: [json.dumps(conversation("open", HI, bot("Other words."))).encode()],
 }
 
@@ -323,10 +333,10 @@ def test_the_split_of_logs_hangs_on_their_name_alone():
 
 
 def test_a_company_with_a_folder_is_held_to_its_policy_and_prompted_with_it(company_folder, tmp_path):
-    chats = [conversation("teashop", said("system", "Sell."), user(f"how long may I wait with a dent, tin {i}?"), bot(text), name=str(i))
-             for i, text in enumerate(["You have 30 days for it.", "You have 45 days for it."])]
+    chats = [conversation("teashop", said("system", "Sell."), user(f"{name}, how long may I wait with a dent?"), bot(text), name=name)
+             for name, text in {"in-time": "You have 30 days for it.", "wrong": "You have 45 days for it."}.items()]
     made = calling(call("open_case", topic="refunds", text="dent")), result("made")
-    chats.append(conversation("teashop", HI, *made, BYE, name="2"))
+    chats.append(conversation("teashop", HI, *made, BYE, name="other"))
     jsonl(tmp_path / "logs", *chats, conversation("elsewhere", user("is it 45?"), bot("It is, or 46.")))
     params = {**PARAMS, "data": {"held_out": ["elsewhere"], "scenarios_per_company": 0},
               "teacher_gen": {**PARAMS["teacher_gen"], "source": "recorded", "recorded": {"path": "logs", "mapping": str(EXAMPLES / "mapping.yaml")}}}
@@ -336,8 +346,9 @@ def test_a_company_with_a_folder_is_held_to_its_policy_and_prompted_with_it(comp
         verify.main()
         kept = pl.concat([read_table(path, Verified) for path in (verify.TRAIN, verify.CALIBRATION, verify.HELD_OUT)])
         rejected, metrics = read_table(verify.REJECTED, Rejected), json.loads(verify.METRICS.read_text())
-    assert set(kept["conversation_id"]) == {"teashop/0/0", "elsewhere/1/0"}
-    assert dict(rejected.select("conversation_id", "reject_reason").iter_rows()) == {"teashop/1/0": "unsupported_fact", "teashop/2/0": "bad_args"}
+    assert set(kept["conversation_id"]) == {"teashop/in-time/0", "elsewhere/1/0"}
+    assert dict(rejected.select("conversation_id", "reject_reason").iter_rows()) == {
+        "teashop/wrong/0": "unsupported_fact", "teashop/other/0": "bad_args"}
     assert kept.filter(pl.col("company") == "teashop")["system"][0].startswith("You are the support agent of Copper Kettle")
     assert metrics["not_applicable"] == {"ticket_category": 1, "facts": 1, "outcome": 4}
 
@@ -381,8 +392,8 @@ def params_with(old, new):
     (without_logs, "the folder of logs data/examples/logs does not exist", "teacher_gen.recorded.path"),
     (renamed, "data/examples/logs holds no .jsonl file", "README"),
     (emptied, "are empty", "README"),
-    (unreadable, "none of the 6 conversations under data/examples/logs could be mapped, 6 of them for broken_line; the first: hollin-optics.jsonl line 1",
-     "mapping.yaml"),
+    (unreadable, "none of the 6 conversations under data/examples/logs could be mapped, 6 of them for broken_line; "
+                 "the first: hollin-optics.jsonl line 1", "mapping.yaml"),
     (lambda work: (work / "data/examples/mapping.yaml").unlink(), "data/examples/mapping.yaml cannot be read", "UTF-8"),
     (mapping_with("tools:", "tools: ["), "mapping.yaml line", ""),
     (mapping_with("thought:", "thoughts:"), "mapping.yaml: thoughts: Extra inputs are not permitted", "data/examples/mapping.yaml"),
@@ -400,7 +411,7 @@ def params_with(old, new):
     (params_with("    path:", "    format: csv\n    path:"), "unknown parameter 'teacher_gen.recorded.format'", "path, mapping"),
     (params_with("- quayside-parking", "- quay"), "data.held_out names 'quay'", "quayside-parking"),
     (params_with("- quayside-parking", "- travel"), "none is held out, so there is nothing to measure on", "data.held_out"),
-    (params_with("- quayside-parking", "- quayside-parking\n  - hollin-optics"), "all are held out, so there is nothing to train on", "data.held_out"),
+    (params_with("- quayside-parking", "- quayside-parking\n  - hollin-optics"), "all are held out, so there is nothing to train on", "held_out"),
 ])
 def test_a_mistake_is_one_sentence_and_costs_nothing(work, spoil, error, hint):
     spoil(work)
@@ -416,13 +427,33 @@ def test_traces_whose_logs_are_not_on_record_are_refused(work):
             verify.main()
 
 
+def test_logs_of_which_nothing_is_left_after_verification_are_refused(work):
+    logs = work / "data/examples/logs"
+    shutil.rmtree(logs)
+    jsonl(logs, conversation("quayside-parking", HI, calling(LOOK), FOUND), conversation("hollin-optics", user("hello"), BYE))
+    with inside(work):
+        teacher_gen.main()
+    error, hint = refused(work, "verify")
+    assert "of 2 recorded conversations none is left to measure on; rejected: unfinished 1" in error and "leave out" in hint
+
+
+def test_a_held_out_company_without_a_folder_does_not_stop_the_corpus_stage(company_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["corpus"])
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**PARAMS, "data": {**HELD, "scenarios_per_company": 0}}))
+    with inside(tmp_path):
+        corpus.main()
+        measured = json.loads(corpus.METRICS.read_text())
+    assert list(measured["companies"]) == ["teashop"] and measured["bag_of_words"] == {"pooled": {}}
+
+
 def section(heading):
     return re.search(rf"^## {heading}\n(.*?)(?=^## )", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[1]
 
 
 def test_the_documented_commands_work_and_dvc_sees_an_edited_log(tmp_path):
     """In a clone of its own: README's parameters and commands, an edit in the logs, and what it costs when an endpoint is the source."""
-    for name in subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in listed.split("\0"):
         if name and not name.startswith((".dvc/", "metrics/qlora_train", "models/")) and (ROOT / name).is_file():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
