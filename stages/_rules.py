@@ -1,7 +1,7 @@
 """The rules a conversation must pass, each with the reason it is rejected for.
 
-Rules look at one conversation. Those that need a company (facts, ticket categories) or a scenario (the outcome) do not
-apply where there is none.
+Rules look at one conversation. Those that need a company (facts, ticket categories) or a scenario (the outcome) are
+skipped where there is none.
 """
 
 from __future__ import annotations
