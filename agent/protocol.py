@@ -17,14 +17,31 @@ def system_prompt(company: Company) -> str:
     products = "; ".join(f"{product.name} {product.price}" for product in profile.products)
     return (
         f"You are the support agent of {profile.name}, {profile.sector}. Style: {profile.voice}\n"
+        + _steps(f': {"|".join(profile.ticket_categories)}') +
+        f"Products: {products}\n"
+        f"Policy: {company.policy}"
+    )
+
+
+def recorded_prompt(company: str, told: str | None) -> str:
+    """The standing instructions of a company of which there are only recorded conversations.
+
+    Args:
+        company: its slug.
+        told: the log's system message; without one the agent is told whose agent it is, and no more, since no more is known.
+    """
+    return f"{told or f'You are the support agent of {company}.'}\n" + _steps("").removesuffix("\n")
+
+
+def _steps(categories: str) -> str:
+    """How the agent answers: the six actions with their arguments."""
+    return (
         'Each step, answer with one JSON object: {"thought": "...", "action": "...", "args": {...}, "message": "..."}\n'
         'search_kb {"query"}, '
-        f'create_ticket {{"category": {"|".join(profile.ticket_categories)}, "summary"}}, '
+        f'create_ticket {{"category"{categories}, "summary"}}, '
         'update_ticket {"ticket_id", "note"}: message "", you get the result and go on.\n'
         "reply {}, clarify {}: message to the customer.\n"
         f'escalate {{"reason": {"|".join(HandoffReason)}}}: hand off to a person, message to the customer.\n'
-        f"Products: {products}\n"
-        f"Policy: {company.policy}"
     )
 
 

@@ -32,5 +32,8 @@ def conversations(table: pl.DataFrame) -> Iterator[Conversation]:
 
 
 def encode_table(table: pl.DataFrame, encoder: Encoder) -> list[tuple[str, str, Encoded]]:
-    """(company, conversation_id, tokens) for every conversation, each with its company's system prompt."""
-    return [(c.company, c.name, encoder.conversation(c.system, c.messages)) for c in conversations(table)]
+    """(system prompt, conversation_id, tokens) for every conversation: what is computed once for several is their system prompt's.
+
+    A company has one of its own; recorded conversations of one company may have begun with different ones.
+    """
+    return [(c.system, c.name, encoder.conversation(c.system, c.messages)) for c in conversations(table)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,18 +66,22 @@ def _keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def used_companies(data: DataParams) -> dict[str, Company]:
-    """The companies by slug, each cut to the first scenarios of every kind where `scenarios_per_company` asks for a slice.
+def used_companies(data: DataParams, logged: Collection[str] = ()) -> dict[str, Company]:
+    """The companies by slug that have a folder, each cut to the first scenarios of every kind where `scenarios_per_company` asks for a slice.
+
+    Args:
+        data: which companies are held out.
+        logged: companies of which there are recorded conversations, with a folder or without.
 
     Raises:
         InputError: a held-out company does not exist, none is left to train on, or a file is broken.
     """
     slugs = company_slugs()
     for slug in data.held_out:
-        if slug not in slugs:
+        if slug not in slugs and slug not in logged:
             raise InputError(f"params.yaml: data.held_out names '{slug}', and data/companies/{slug} does not exist",
-                             f"companies here: {', '.join(slugs) or 'none'}")
-    if not set(slugs) - set(data.held_out):
+                             f"companies here: {', '.join(sorted({*slugs, *logged})) or 'none'}")
+    if not {*slugs, *logged} - set(data.held_out):
         raise InputError("every company is held out, so there is nothing to train on", "shorten data.held_out in params.yaml")
     companies = {slug: load_company(slug) for slug in slugs}
     if limit := data.scenarios_per_company:

@@ -1,16 +1,18 @@
-"""Let the teacher hold one conversation for every scenario, with the real tools.
+"""Let the teacher hold one conversation for every scenario, with the real tools; or take recorded ones instead.
 
-Reads   data/companies/
-Writes  data/teacher_gen/traces.parquet, metrics/teacher_gen.json
+Reads   data/companies/, the logs and the mapping of `teacher_gen.recorded`
+Writes  data/teacher_gen/traces.parquet, data/teacher_gen/recorded.parquet, metrics/teacher_gen.json
 
 A conversation that breaks a rule is held again, with another sample, up to `attempts` times; every attempt is kept in
-the table, so that verify sees and counts what the teacher really produced.
+the table, so that verify sees and counts what the teacher really produced. With `source: recorded` nobody is asked: the
+traces are the logs', and recorded.parquet holds what became of every line; else it has no rows.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ from agent.world import World
 from schemas.company import Company, Scenario
 from schemas.errors import InputError
 from schemas.metrics import TeacherGenMetrics
+from schemas.recorded import Recorded, RecordedGenMetrics, Source
 from schemas.tables import Traces
+from stages._recorded import Logs, RecordedParams, read_logs
 from stages._rules import examine
 from stages._simulated import simulator_for
 from stages._stage import (
@@ -39,12 +43,15 @@ from stages._stage import (
 )
 
 TRACES = Path("data/teacher_gen/traces.parquet")
+RECORDED = Path("data/teacher_gen/recorded.parquet")
 METRICS = Path("metrics/teacher_gen.json")
 
 
 class TeacherGenParams(Params):
     """`teacher_gen`."""
 
+    source: Source = Field(strict=False)
+    recorded: RecordedParams
     attempts: int = Field(ge=1)
     teacher: EndpointParams
     customer: EndpointParams
@@ -99,11 +106,33 @@ def teacher_name(endpoint: EndpointParams) -> str:
     return "simulator" if endpoint.base_url == SIMULATOR else endpoint.model
 
 
+def take_recorded(params: RecordedParams, data: DataParams) -> None:
+    """The stage with `source: recorded`.
+
+    Raises:
+        InputError: logs or mapping cannot be used.
+    """
+    import polars as pl
+
+    logs = read_logs(params, data)
+    write_table(TRACES, pl.DataFrame(logs.traces, schema_overrides={"failure": pl.String, "scenario": pl.String}), Traces)
+    write_table(RECORDED, logs.table(), Recorded)
+    metrics = logs.metrics()
+    write_metrics(METRICS, metrics, RecordedGenMetrics)
+    counts = metrics["recorded"]
+    worst = ", ".join(f"{reason} {count}" for reason, count in Counter(counts["reasons"]).most_common(3) if count)
+    say(f"teacher_gen: {counts['in']} recorded conversations, {counts['mapped']} mapped, {counts['unmapped']} not ({worst or 'none'}), "
+        f"{metrics['agent_turns']} agent turns")
+
+
 def main() -> None:
     import polars as pl
 
     params = load_params("teacher_gen", TeacherGenParams)
     data = load_params("data", DataParams)
+    if params.source is Source.RECORDED:
+        take_recorded(params.recorded, data)
+        return
     companies = used_companies(data)
     with simulator_for("actors", params.teacher, params.customer) as url:
         try:
@@ -112,6 +141,7 @@ def main() -> None:
             raise group.exceptions[0] from None
     frame = pl.DataFrame(rows, schema_overrides={"failure": pl.String, "scenario": pl.String})
     write_table(TRACES, frame, Traces)
+    write_table(RECORDED, Logs().table(), Recorded)
     agent = frame.filter(pl.col("role") == "agent")
     metrics = {
         "teacher": teacher_name(params.teacher),

@@ -1,10 +1,11 @@
 """Keep the conversations that pass every rule, and split them: by company first, then by scenario.
 
-Reads   data/teacher_gen/traces.parquet, data/companies/
+Reads   data/teacher_gen/traces.parquet, data/teacher_gen/recorded.parquet (where the traces are recorded), data/companies/
 Writes  data/verify/{train,calibration,held_out,rejected}.parquet, metrics/verify.json
 
 Held-out companies go to held_out.parquet and nowhere else: this is where the two arms of the pipeline part. In equals
-kept plus rejected; a rejected conversation keeps its rows, with the first rule that it breaks.
+kept plus rejected; a rejected conversation keeps its rows, with the first rule that it breaks. A recorded conversation has
+no scenario, and its company perhaps no folder: rules that need them do not apply, and are counted.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from agent.protocol import system_prompt
+from agent.protocol import recorded_prompt, system_prompt
 from schemas.action import parse_action
 from schemas.company import Company, Kind
 from schemas.errors import InputError
-from schemas.metrics import VerifyMetrics
+from schemas.recorded import OriginRule, OriginVerifyMetrics, Recorded
 from schemas.tables import Rejected, Traces, Verified
 from schemas.traces import Message, RejectReason, Role
 from stages._rules import Rejection, examine
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 TRACES = Path("data/teacher_gen/traces.parquet")
+RECORDED = Path("data/teacher_gen/recorded.parquet")
 TRAIN = Path("data/verify/train.parquet")
 CALIBRATION = Path("data/verify/calibration.parquet")
 HELD_OUT = Path("data/verify/held_out.parquet")
@@ -81,6 +83,15 @@ def split_of(company: Company, one_in: OneIn) -> dict[str, str]:
     return split
 
 
+def recorded_split(name: str, hands_off: bool, one_in: OneIn) -> str:
+    """`train` or `calibration` for a conversation without a scenario: by a hash of its name, so that other logs move nothing.
+
+    Its kind is not known; all that is, is whether it hands off.
+    """
+    every = one_in.handoff if hands_off else one_in.ordinary
+    return "calibration" if int(hashlib.sha256(name.encode()).hexdigest(), 16) % every == every - 1 else "train"
+
+
 class Gate:
     """Passes conversations one by one; remembers what it has kept, for the rules that look across conversations."""
 
@@ -89,7 +100,7 @@ class Gate:
         self._scenarios = {(slug, s.id): s for slug, company in companies.items() for s in company.scenarios}
         self._held_out = set(held_out)
         self._held_out_lines = {
-            line for slug in self._held_out for scenario in companies[slug].scenarios
+            line for slug in self._held_out & companies.keys() for scenario in companies[slug].scenarios
             for text in [turn.customer for turn in scenario.turns] + [step.message for step in scenario.steps] if (line := _line(text))}
         self._kept: set[tuple[str, ...]] = set()
 
@@ -142,8 +153,11 @@ def canonical(role: str, content: str) -> str:
 
 
 def split_tables(traces: pl.DataFrame, verdicts: dict[str, Rejection | None], companies: dict[str, Company],
-                 held_out: set[str], one_in: OneIn) -> dict[str, pl.DataFrame]:
-    """The kept conversations as `train`, `calibration` and `held_out`, and the `rejected` ones."""
+                 held_out: set[str], one_in: OneIn, told: dict[str, str | None]) -> dict[str, pl.DataFrame]:
+    """The kept conversations as `train`, `calibration` and `held_out`, and the `rejected` ones.
+
+    `told` holds the system message of every recorded conversation; it counts where the company has no folder.
+    """
     import polars as pl
 
     kinds = {(slug, s.id): s.kind.value for slug, company in companies.items() for s in company.scenarios}
@@ -152,11 +166,16 @@ def split_tables(traces: pl.DataFrame, verdicts: dict[str, Rejection | None], co
     kept = traces.filter(pl.col("conversation_id").is_in([c for c, rejection in verdicts.items() if rejection is None]))
     prompts = {slug: system_prompt(company) for slug, company in companies.items()}
     keys = list(kept.select("company", "scenario").iter_rows())
+    names = kept["conversation_id"].to_list()
+    hands_off = set(escalations(kept).filter(pl.col("escalates") > 0)["conversation_id"])
     kept = kept.with_columns(
         pl.Series("content", [canonical(role, content) for role, content in kept.select("role", "content").iter_rows()], dtype=pl.String),
-        pl.Series("system", [prompts[company] for company, _ in keys], dtype=pl.String),
+        pl.Series("system", [prompts.get(company) or recorded_prompt(company, told[name]) for name, (company, _) in zip(names, keys, strict=True)],
+                  dtype=pl.String),
         pl.Series("kind", [kinds.get(key) for key in keys], dtype=pl.String),
-        pl.Series("split", ["held_out" if key[0] in held_out else splits[key] for key in keys], dtype=pl.String))
+        pl.Series("split", [
+            "held_out" if key[0] in held_out else splits[key] if key[1] is not None else recorded_split(name, name in hands_off, one_in)
+            for name, key in zip(names, keys, strict=True)], dtype=pl.String))
     tables = {name: kept.filter(pl.col("split") == name) for name in ("train", "calibration", "held_out")}
     broken = {c: rejection for c, rejection in verdicts.items() if rejection is not None}
     why = pl.DataFrame(
@@ -166,33 +185,51 @@ def split_tables(traces: pl.DataFrame, verdicts: dict[str, Rejection | None], co
     return tables
 
 
+def not_applicable(traces: pl.DataFrame, companies: dict[str, Company]) -> dict[str, int]:
+    """How many conversations each rule had nothing to go by for: such a conversation passes it unexamined."""
+    origins = traces.unique("conversation_id")
+    foreign = int((~origins["company"].is_in(list(companies))).sum())
+    return {OriginRule.TICKET_CATEGORY.value: foreign, OriginRule.FACTS.value: foreign,
+            OriginRule.OUTCOME.value: origins["scenario"].null_count()}
+
+
 def main() -> None:
     params = load_params("verify", VerifyParams)
     data = load_params("data", DataParams)
-    companies, held_out = used_companies(data), set(data.held_out)
     traces = read_table(TRACES, Traces)
+    recorded = traces.filter(traces["scenario"].is_null())
+    companies, held_out = used_companies(data, set(recorded["company"])), set(data.held_out)
     known = {(slug, scenario.id) for slug, company in companies.items() for scenario in company.scenarios}
     for key in traces.select("company", "scenario").unique(maintain_order=True).iter_rows():
-        if key not in known:
+        if key[1] is not None and key not in known:
             raise InputError(f"{TRACES} holds scenario '{key[1]}' of '{key[0]}', which data/companies does not",
                              "the traces are older than the scenarios: dvc repro teacher_gen")
+    told = dict(read_table(RECORDED, Recorded).select("conversation_id", "system").iter_rows()) if len(recorded) else {}
+    if missing := sorted(set(recorded["conversation_id"]) - told.keys()):
+        raise InputError(f"{RECORDED} does not know the conversation {missing[0]} of {TRACES}", "dvc repro --force teacher_gen")
     verdicts = check_all(traces, Gate(companies, held_out), held_out)
-    tables = split_tables(traces, verdicts, companies, held_out, params.calibration_one_in)
+    tables = split_tables(traces, verdicts, companies, held_out, params.calibration_one_in, told)
+    reasons = Counter(rejection.reason.value for rejection in verdicts.values() if rejection)
+    worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
+    for name, what in (("train", "train"), ("held_out", "measure")):
+        if len(recorded) and tables[name].is_empty():
+            raise InputError(f"of {len(verdicts)} recorded conversations none is left to {what} on; rejected: {worst or 'none'}",
+                             "more logs, or what the mapping may leave out; README, 'Use your own logs'")
     for path, name, schema in ((TRAIN, "train", Verified), (CALIBRATION, "calibration", Verified),
                                (HELD_OUT, "held_out", Verified), (REJECTED, "rejected", Rejected)):
         write_table(path, tables[name], schema)
 
-    reasons = Counter(rejection.reason.value for rejection in verdicts.values() if rejection)
-    kept_scenarios = {conversation.rsplit("/", 1)[0] for conversation, rejection in verdicts.items() if rejection is None}
-    all_scenarios = {conversation.rsplit("/", 1)[0] for conversation in verdicts}
+    played = verdicts.keys() - set(recorded["conversation_id"])
+    kept_scenarios = {conversation.rsplit("/", 1)[0] for conversation in played if verdicts[conversation] is None}
+    all_scenarios = {conversation.rsplit("/", 1)[0] for conversation in played}
     metrics: dict[str, Any] = {
         "teacher": sorted(traces["teacher"].unique())[0],
         "in": len(verdicts), "kept": len(verdicts) - reasons.total(), "rejected": reasons.total(),
         "reasons": {reason.value: reasons[reason.value] for reason in RejectReason},
         "scenarios_without_a_kept_conversation": len(all_scenarios - kept_scenarios),
+        "not_applicable": not_applicable(traces, companies),
         **{name: turn_counts(escalations(tables[name])) for name in ("train", "calibration", "held_out")}}
-    write_metrics(METRICS, metrics, VerifyMetrics)
-    worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
+    write_metrics(METRICS, metrics, OriginVerifyMetrics)
     say(f"verify: {metrics['in']} in, {metrics['kept']} kept, {metrics['rejected']} rejected ({worst or 'none'})")
 
 

@@ -68,6 +68,13 @@ def table(company, **columns):
     return pl.DataFrame(rows | columns)
 
 
+def traces():
+    """A Traces table of one conversation of the scenario 'a', which no company has."""
+    return table("teashop").drop("system", "kind").with_columns(
+        *(pl.lit(0, pl.Int64).alias(name) for name in ("attempt", "prompt_tokens", "completion_tokens")),
+        teacher=pl.lit("simulator"), failure=pl.lit(None, pl.String))
+
+
 def predictions():
     return pl.DataFrame([{"company": "tearoom", "conversation_id": "tearoom/a/0", "index": 1, "model": "student", "decoding": "free", "raw": "x",
                           "gold_action": "escalate", "gold_reason": "security", "action": None, "reason": None, "fault": "not_one_json_object"}],
@@ -108,8 +115,9 @@ def test_a_params_yaml_that_holds_no_parameters_is_named(work, content):
     assert "params.yaml" in refused(work, "oversample")[0]
 
 
-@pytest.mark.parametrize("stage", ["verify", "teacher_gen", "corpus"])
+@pytest.mark.parametrize("stage", ["verify", "teacher_gen"])
 def test_an_unknown_held_out_company_is_named_with_the_known_ones(work, stage):
+    put(work, TRACES, traces())
     shutil.rmtree(work / "data/companies/tearoom")
     error, hint = refused(work, stage)
     assert "'tearoom'" in error and "teashop" in hint
@@ -117,6 +125,7 @@ def test_an_unknown_held_out_company_is_named_with_the_known_ones(work, stage):
 
 @pytest.mark.parametrize("stage", ["verify", "teacher_gen", "corpus"])
 def test_holding_every_company_out_is_refused(work, stage):
+    put(work, TRACES, traces())
     shutil.rmtree(work / "data/companies/teashop")
     assert "every company is held out" in refused(work, stage)[0]
 
@@ -126,6 +135,7 @@ def test_holding_every_company_out_is_refused(work, stage):
     ("corpus", "articles/dented-tins.md", "# Dented", "Dented"), ("teacher_gen", "company.yaml", "refund:", "refunds:"),
     ("verify", "scenarios/handoff.yaml", "turns:", "turns: - "), ("verify", "policy.md", "The agent", "\udce9")])
 def test_a_broken_company_is_named_with_the_file(work, stage, name, old, new):
+    put(work, TRACES, traces())
     path = work / "data/companies/tearoom" / name
     path.write_bytes(path.read_text(encoding="utf-8").replace(old, new).encode("utf-8", "surrogateescape"))
     assert f"data/companies/tearoom/{name}" in refused(work, stage)[0]
@@ -183,10 +193,7 @@ def test_agent_content_that_is_no_step_is_refused(work):
 
 
 def test_traces_of_other_companies_are_refused(work):
-    traces = table("teashop").drop("system", "kind").with_columns(
-        *(pl.lit(0, pl.Int64).alias(name) for name in ("attempt", "prompt_tokens", "completion_tokens")),
-        teacher=pl.lit("simulator"), failure=pl.lit(None, pl.String))
-    put(work, TRACES, traces)
+    put(work, TRACES, traces())
     error, hint = refused(work, "verify")
     assert "scenario 'a' of 'teashop'" in error and "dvc repro teacher_gen" in hint
 

@@ -19,8 +19,17 @@ COMPANIES = "data/companies"
 """Declared by stages, named once, in schemas/company.py."""
 
 
+def resolved(path):
+    """`${section.key}` as params.yaml has it."""
+    value = PARAMS
+    for key in path.removeprefix("${").removesuffix("}").split("."):
+        value = value[key]
+    return value
+
+
 def names(entries):
-    return {next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries or []}
+    found = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries or []]
+    return {resolved(path) if path.startswith("${") else path for path in found}
 
 
 def inputs(stage):
@@ -101,7 +110,9 @@ def test_the_code_a_stage_depends_on_is_all_declared_and_no_more(stage):
 
 @pytest.mark.parametrize("module", sorted(set(MODULES.values())))
 def test_the_paths_a_stage_names_are_those_it_declares(module):
-    assert named_paths(module) == of_module(module, lambda stage: inputs(stage) | outputs(stage)) - {COMPANIES}
+    chosen = set(PARAMS[module]["recorded"].values()) if module == "teacher_gen" else set()
+    declared = of_module(module, lambda stage: inputs(stage) | outputs(stage))
+    assert chosen <= declared and named_paths(module) == declared - {COMPANIES} - chosen
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES.values())))

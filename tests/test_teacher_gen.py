@@ -38,7 +38,7 @@ ELSEWHERE = {"api_key_env": "TEACHER_KEY", "timeout_s": 5.0}
 def section(attempts=4, teacher=None, customer=None):
     """`teacher_gen` of params.yaml, with changes to its two endpoints."""
     actors = {"teacher": teacher, "customer": customer}
-    return {"attempts": attempts} | {name: PARAMS["teacher_gen"][name] | (changes or {}) for name, changes in actors.items()}
+    return PARAMS["teacher_gen"] | {"attempts": attempts} | {name: PARAMS["teacher_gen"][name] | (changes or {}) for name, changes in actors.items()}
 
 
 def params(*args, **changes):

@@ -208,6 +208,7 @@ def test_in_equals_kept_plus_rejected(tmp_path):
         tables = {path.stem: read_table(path, Rejected if path == verify.REJECTED else Verified)
                   for path in (verify.TRAIN, verify.CALIBRATION, verify.HELD_OUT, verify.REJECTED)}
     assert (metrics["in"], metrics["kept"], metrics["rejected"]) == (36, 9, 27)
+    assert metrics["not_applicable"] == {"ticket_category": 0, "facts": 0, "outcome": 0}
     assert {name: count for name, count in metrics["reasons"].items() if count} == {"duplicate": 9, "unfinished": 9, "not_one_json_object": 9}
     assert sum(len(t) for t in tables.values()) == len(table) and metrics["scenarios_without_a_kept_conversation"] == 0
     assert tables["held_out"].is_empty() and metrics["train"]["conversations"] == tables["train"]["conversation_id"].n_unique() > 0
@@ -219,7 +220,7 @@ def test_nothing_of_a_held_out_company_is_trained_or_calibrated_on():
     companies = {slug: real(slug) for slug in SLUGS}
     table = traces(*[(slug, scenario.id, 0, played(company, scenario)) for slug, company in companies.items() for scenario in company.scenarios])
     verdicts = check_all(table, Gate(companies, HELD_OUT), set(HELD_OUT))
-    tables = split_tables(table, verdicts, companies, set(HELD_OUT), ONE_IN)
+    tables = split_tables(table, verdicts, companies, set(HELD_OUT), ONE_IN, {})
     assert set(tables["held_out"]["company"]) == set(HELD_OUT)
     spoken = {name: {" ".join(text.lower().split()) for role, content in tables[name].select("role", "content").iter_rows() if role != "tool"
                      for text in [parse_action(content).message if role == "agent" else content]} for name in ("train", "calibration", "held_out")}
