@@ -150,7 +150,7 @@ def _value(value: Any) -> str:
 
 def drawn(plots: dict[str, Any]) -> Iterator[Block]:
     """A Mermaid chart, which GitHub draws as an image in a comment, of every plot that is a line over numbers."""
-    for name, (plot, *_) in sorted(plots.get("data", {}).items()):
+    for name, plot in ((name, plot) for name, found in sorted(plots.get("data", {}).items()) for plot in found):
         try:
             title, x, y, lines = _lines(name, plot)
         except (KeyError, ValueError, TypeError):
