@@ -4,7 +4,6 @@
 # make pr-comment BASE=main   what this branch does to the results, as a pull request shows it
 
 PYTHON ?= python3.11
-BASE ?= main
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HANDOFF_CACHE := $(CURDIR)/.cache
@@ -26,7 +25,7 @@ test: $(BIN)/.installed
 	python -m pytest
 
 pr-comment: $(BIN)/.installed
-	@python -m stages.pr_comment "$(BASE)"
+	@python -m stages.pr_comment "$(or $(BASE),main)"
 
 lint: $(BIN)/.installed
 	ruff check .

@@ -1,6 +1,6 @@
 """Write the comment for a pull request: what a revision does to the results, as Markdown on standard output.
 
-    python -m stages.pr_comment BASE [REV]      REV is HEAD unless told
+    python -m stages.pr_comment BASE [REV]      REV is HEAD unless told; what is not committed is not shown
 
 Gate and paired comparison come from `stages.gate` and `stages.compare`, the rest from `dvc … diff`. What one of them refuses stands in the
 comment in its place.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ def judged(module: str, *arguments: str) -> tuple[int, Block]:
     """Exit code and table of `stages.gate` or `stages.compare`; what they say on standard error if there is no table."""
     done = subprocess.run([sys.executable, "-m", module, *arguments, "--format", "markdown"], capture_output=True, text=True, check=False)
     if done.stdout.strip():
-        return done.returncode, Block(defused(done.stdout.strip()).split("\n"))
+        lines = defused(done.stdout.strip()).split("\n")
+        edges = [line.startswith("|") != above.startswith("|") for above, line in pairwise(["", *lines])]  # a line right below a table is a row of it
+        return done.returncode, Block([line for edge, text in zip(edges, lines, strict=True) for line in ([""] if edge else []) + [text]])
     said = "\n".join(done.stderr.strip().splitlines()[-10:]) or f"exit code {done.returncode}, and not a word"
     return done.returncode, Block([fenced(said)], f"`python -m {module}` has no result:\n")
 
@@ -213,9 +216,12 @@ def _chart(title: str, x: str, y: str, lines: dict[str, np.ndarray], heights: np
 
 def sections(base: str, rev: str) -> Iterator[Block]:
     """The comment's parts, what decides first and what is long last."""
-    state, gate = judged("stages.gate", "--base", base)
-    yield Block([f"### Gate: {'passed' if state == 0 else 'not passed'}"])
-    yield gate
+    if revision(rev) == revision("HEAD"):
+        state, gate = judged("stages.gate", "--base", base)
+        yield Block([f"### Gate: {'passed' if state == 0 else 'not passed'}"])
+        yield gate
+    else:
+        yield Block([f"### Gate: not asked\n\nIt judges what is checked out, and that is not {code(rev)}."])
     yield Block(["### Paired comparison"])
     yield judged("stages.compare", base, rev)[1]
 
