@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,7 @@ def fenced(text: str) -> str:
 def defused(markdown: str) -> str:
     """Markdown that keeps its tables, headings and emphasis, and loses HTML, fences, links, images, bare addresses and mentions."""
     markdown = markdown.replace("<", "&lt;").replace("[", "\\[")
+    markdown = re.sub(r"^(\|.*\n)(?=[^|\n])", r"\1\n", markdown, flags=re.MULTILINE)  # else the line below a table is a row of it
     markdown = re.sub(r"^(\s*)(?=```|~~~)", r"\1\\", markdown, flags=re.MULTILINE)
     return re.sub(r"[@#](?=\w)|:(?=//)|www(?=\.)", lambda found: f"{found[0]}\u200b", markdown)
 
@@ -117,9 +117,7 @@ def judged(module: str, *arguments: str) -> tuple[int, Block]:
     """Exit code and table of `stages.gate` or `stages.compare`; what they say on standard error if there is no table."""
     done = subprocess.run([sys.executable, "-m", module, *arguments, "--format", "markdown"], capture_output=True, text=True, check=False)
     if done.stdout.strip():
-        lines = defused(done.stdout.strip()).split("\n")
-        edges = [line.startswith("|") != above.startswith("|") for above, line in pairwise(["", *lines])]  # a line right below a table is a row of it
-        return done.returncode, Block([line for edge, text in zip(edges, lines, strict=True) for line in ([""] if edge else []) + [text]])
+        return done.returncode, Block(defused(done.stdout.strip()).split("\n"))
     said = "\n".join(done.stderr.strip().splitlines()[-10:]) or f"exit code {done.returncode}, and not a word"
     return done.returncode, Block([fenced(said)], f"`python -m {module}` has no result:\n")
 

@@ -142,8 +142,14 @@ def test_a_cell_shows_its_text_and_nothing_else(value):
 def test_a_table_from_elsewhere_keeps_its_form_and_loses_the_rest():
     honest = "## Title\n\n| a | b |\n| --- | --: |\n| **x** `y` | [0.1, 0.3] |\n"
     assert html(defused(honest)) == html(honest)
+    assert html(defused(f"{honest}note: p <0.001\n")) == html(f"{honest}\nnote: p &lt;0.001\n")
     found = defused("</details> <!-- [a](//b) ![c](//d) http://e.example www.f.example @everyone o/r#1\n```\nx")
     assert not re.search(r"<(a|img|!--|/details|pre)\b", html(found)) and not re.search(r"@\w|#\d|://|www\.", found)
+
+
+def test_the_gate_is_asked_only_of_what_is_checked_out(clone):
+    text = comment("HEAD^", "HEAD^", folder=clone)
+    assert "### Gate: not asked" in text and "`HEAD^`." in text
 
 
 @pytest.mark.parametrize("text", ["plain", "```\nclosed?", "````` five"])
