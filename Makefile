@@ -1,6 +1,7 @@
 # make repro   everything, from nothing to the result table
 # make quick   the same on a slice of the scenarios, the workspace untouched
 # make test    the test suite
+# make pr-comment BASE=main   what this branch does to the results, as a pull request shows it
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -10,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: repro quick test lint
+.PHONY: repro quick test lint pr-comment
 
 repro: $(BIN)/.installed
 	dvc repro
@@ -23,6 +24,9 @@ quick: $(BIN)/.installed
 
 test: $(BIN)/.installed
 	python -m pytest
+
+pr-comment: $(BIN)/.installed
+	@python -m stages.pr_comment "$(or $(BASE),main)"
 
 lint: $(BIN)/.installed
 	ruff check .

@@ -243,7 +243,8 @@ def main() -> None:
         check_one(options.slug, options.search)
         return
     data = load_params("data", DataParams)
-    # Checked whole, also where a slice is used. A held-out company without a folder is one of which there are only logs; teacher_gen and verify refuse a name that nobody knows.
+    # Checked whole, also where a slice is used. A held-out company without a folder is one of which there are only logs;
+    # teacher_gen and verify refuse a name that nobody knows.
     companies = used_companies(data.model_copy(update={"scenarios_per_company": 0}), logged=data.held_out)
     held_out = [slug for slug in data.held_out if slug in companies]
     found = [f"{slug}: {fault}" for slug, company in companies.items() for fault in faults(company)] + repeats(list(companies.values()))

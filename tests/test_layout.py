@@ -81,7 +81,7 @@ def test_a_stage_runs_its_module_and_says_what_for(stage):
 
 def test_every_module_is_a_stage_or_shows_results():
     modules = {path.stem for path in (ROOT / "stages").glob("*.py")}
-    assert {module for module in modules if not module.startswith("_")} == {*MODULES.values(), "table", "card"}
+    assert {module for module in modules if not module.startswith("_")} == {*MODULES.values(), "table", "card", "pr_comment"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -121,8 +121,9 @@ def test_a_stage_that_loads_companies_depends_on_them(module):
     assert loads == (COMPANIES in of_module(module, inputs))
 
 
-def test_the_table_reads_what_stages_write():
-    assert named_paths("table") and named_paths("table") <= set().union(*map(outputs, STAGES))
+@pytest.mark.parametrize("module", ["table", "pr_comment"])
+def test_what_shows_results_reads_what_stages_write(module):
+    assert named_paths(module) and named_paths(module) <= set().union(*map(outputs, STAGES))
 
 
 def test_a_path_has_one_writer_and_every_input_has_one_or_is_data():
@@ -171,7 +172,7 @@ def test_packages_import_one_way(package):
 
 @pytest.mark.parametrize("module", [
     "agent.loop", "schemas.tables", "stages.corpus", "stages.teacher_gen", "stages.verify", "stages.oversample", "stages.eval_exact",
-    "stages.eval_judge", "stages.table", "simulator.__main__"])
+    "stages.eval_judge", "stages.table", "stages.pr_comment", "simulator.__main__"])
 def test_what_needs_no_model_imports_no_torch(module):
     code = f"import {module}, sys; print(*{{'torch', 'transformers'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

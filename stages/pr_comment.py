@@ -1,0 +1,258 @@
+"""Write the comment for a pull request: what a revision does to the results, as Markdown on standard output.
+
+    python -m stages.pr_comment BASE [REV]      REV is HEAD unless told; what is not committed is not shown
+
+Gate and paired comparison come from `stages.gate` and `stages.compare`, the rest from `dvc … diff`. What one of them refuses stands in the
+comment in its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from schemas.errors import InputError
+from stages._stage import run
+
+EXACT = Path("metrics/eval_exact.json")
+JUDGE = Path("metrics/eval_judge.json")
+MARKER = "<!-- handoff: results of this pull request -->"
+"""By this first line the workflow finds the comment that it updates."""
+LIMIT = 65_536
+"""GitHub's limit in characters; held in bytes of UTF-8, which are never fewer."""
+LONG = 40
+"""A table with more rows is folded."""
+POINTS = 60
+"""A plotted line is thinned to this many points."""
+
+
+# Text from data and parameters is shown as code, in which GitHub sees no link, mention, image or HTML.
+
+def code(value: Any) -> str:
+    """One cell: the value on one line, at most 120 characters of it, literally."""
+    text = " ".join(str(value).split())
+    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    text = text if len(text) <= 120 else text[:119] + "…"
+    if text and not set("`|\\") & set(text):
+        return f"`{text}`"
+    return "<code>" + "".join(char if char.isalnum() or char == " " else f"&#{ord(char)};" for char in text) + "</code>"
+
+
+def fenced(text: str) -> str:
+    """A block that the text cannot close."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def defused(markdown: str) -> str:
+    """Markdown that keeps its tables, headings and emphasis, and loses HTML, fences, links, images, bare addresses and mentions."""
+    markdown = markdown.replace("<", "&lt;").replace("[", "\\[")
+    markdown = re.sub(r"^(\|.*\n)(?=[^|\n])", r"\1\n", markdown, flags=re.MULTILINE)  # else the line below a table is a row of it
+    markdown = re.sub(r"^(\s*)(?=```|~~~)", r"\1\\", markdown, flags=re.MULTILINE)
+    return re.sub(r"[@#](?=\w)|:(?=//)|www(?=\.)", lambda found: f"{found[0]}\u200b", markdown)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of the comment that is shortened line by line, at its end."""
+
+    lines: list[str]
+    before: str = ""
+    after: str = ""
+
+    def __str__(self) -> str:
+        return "\n".join([*filter(None, [self.before]), *self.lines, *filter(None, [self.after])]) + "\n\n"
+
+
+def size(text: str) -> int:
+    return len(text.encode())
+
+
+def fitted(head: str, blocks: Iterable[Block], foot: str, limit: int = LIMIT) -> str:
+    """The comment: head, as much of the blocks as the limit leaves room for, foot; what was cut is said at the top."""
+    note = f"**Cut to the {limit:,} characters of a comment.** `make pr-comment` prints everything.\n\n"
+    room, body, cut = limit - size(head + note + foot), "", False
+    for block in blocks:
+        lines = list(block.lines)
+        while lines and size(body + str(Block(lines, block.before, block.after))) > room:
+            lines = lines[:-max(1, len(lines) // 20)]
+        body += str(Block(lines, block.before, block.after)) if lines else ""
+        cut |= len(lines) < len(block.lines)
+    return head + (note if cut else "") + body + foot
+
+
+def table(header: list[str], rows: list[list[str]], title: str = "", fold: bool = False) -> Block:
+    """A table whose first column is text and whose others are numbers, folded if asked to or if long."""
+    top = "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] + ["--:"] * (len(header) - 1)))
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    if fold or len(rows) > LONG:
+        return Block(lines, f"<details><summary>{title}: {len(rows)}</summary>\n\n{top}", "\n</details>")
+    return Block(lines, top)
+
+
+def revision(name: str) -> str:
+    """The short hash of a commit.
+
+    Raises:
+        InputError: there is no such commit here.
+    """
+    done = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "--short", "--end-of-options", f"{name}^{{commit}}"],
+                          capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"there is no commit '{name}' in this clone", "git fetch brings the remote's branches; git branch -a lists them")
+    return done.stdout.strip()
+
+
+def judged(module: str, *arguments: str) -> tuple[int, Block]:
+    """Exit code and table of `stages.gate` or `stages.compare`; what they say on standard error if there is no table."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments, "--format", "markdown"], capture_output=True, text=True, check=False)
+    if done.stdout.strip():
+        return done.returncode, Block(defused(done.stdout.strip()).split("\n"))
+    said = "\n".join(done.stderr.strip().splitlines()[-10:]) or f"exit code {done.returncode}, and not a word"
+    return done.returncode, Block([fenced(said)], f"`python -m {module}` has no result:\n")
+
+
+def differences(what: str, base: str, rev: str) -> tuple[dict[str, Any], list[Block]]:
+    """What `dvc WHAT diff` finds, and a block with its complaint if it has one.
+
+    DVC prints an empty object if nothing changed, leaves out of the comparison what one revision lacks, and fails on neither.
+    """
+    done = subprocess.run([sys.executable, "-m", "dvc", what, "diff", "--json", base, rev], capture_output=True, text=True, check=False)
+    complaint = [Block([fenced(done.stderr.strip())])] if done.stderr.strip() else []
+    try:
+        return json.loads(done.stdout), complaint
+    except json.JSONDecodeError:
+        return {}, complaint or [Block([f"`dvc {what} diff` says nothing; exit code {done.returncode}."])]
+
+
+def changed(diff: dict[str, Any], base: str, rev: str, files: Iterable[str], fold: str = "") -> Iterator[Block]:
+    """A table of the values in these files that changed; none if none did."""
+    rows = [[code(f"{Path(name).stem}: {key}"), _value(of.get("old")), _value(of.get("new")), f"{round(of['diff'], 4):+}" if "diff" in of else ""]
+            for name in files for key, of in sorted(diff[name].items())]
+    if rows:
+        yield table(["file: value", code(base), code(rev), "change"], rows, fold or "Changed", bool(fold))
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "–"
+    return str(round(value, 4)) if isinstance(value, int | float) and not isinstance(value, bool) else code(value)
+
+
+def drawn(plots: dict[str, Any]) -> Iterator[Block]:
+    """A Mermaid chart, which GitHub draws as an image in a comment, of every plot that is a line over numbers."""
+    for name, plot in ((name, plot) for name, found in sorted(plots.get("data", {}).items()) for plot in found):
+        try:
+            title, x, y, lines = _lines(name, plot)
+        except (KeyError, ValueError, TypeError):
+            yield Block([f"{code(name)} is no line over numbers; `dvc plots diff` draws it."])
+            continue
+        if len(lines) == 2 and len({points.tobytes() for points in lines.values()}) == 1:
+            yield Block([f"{code(title)} is the same in both."])
+        elif len({(points[0].min(), points[0].max()) for points in lines.values()}) == 1:
+            colours = zip(("grey", "blue") if len(lines) == 2 else ("",), lines, strict=True)
+            yield _chart(f"{title}: {', '.join(f'{colour} {rev}'.strip() for colour, rev in colours)}", x, y, lines)
+        else:  # a Mermaid chart stretches every line to the ends of its one x axis
+            heights = np.concatenate([points[1] for points in lines.values()])
+            for rev, points in lines.items():
+                yield _chart(f"{title}: {rev}", x, y, {rev: points}, heights)
+
+
+def _lines(name: str, plot: dict[str, Any]) -> tuple[str, str, str, dict[str, np.ndarray]]:
+    """Title, names of the axes, and an array (2, points), in the order of x, for every revision.
+
+    Raises:
+        KeyError, ValueError, TypeError: the plot is none of lines over numbers.
+    """
+    spec = plot["content"]
+    x, y = _field(spec, "x"), _field(spec, "y")
+    lines = {rev: np.array(sorted((float(row[x]), float(row[y])) for row in spec["data"]["values"] if row["rev"] == rev)).T
+             for rev in plot["revisions"]}
+    if any(points.size < 4 or not np.isfinite(points).all() for points in lines.values()):
+        raise ValueError(name)
+    return spec.get("title", {}).get("text") or name, x, y, lines
+
+
+def _field(spec: Any, axis: str) -> str:
+    """The column that a Vega-Lite specification draws along an axis."""
+    for key, value in spec.items() if isinstance(spec, dict) else enumerate(spec):
+        if key == axis and isinstance(value, dict) and isinstance(value.get("field"), str):
+            return value["field"]
+        if isinstance(value, dict | list):
+            try:
+                return _field(value, axis)
+            except KeyError:
+                continue
+    raise KeyError(axis)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w .,:%()+/~^-]", " ", text)[:80]
+
+
+def _chart(title: str, x: str, y: str, lines: dict[str, np.ndarray], heights: np.ndarray | None = None) -> Block:
+    """One chart; its y axis covers `heights`, so that two charts may have the same."""
+    heights = np.concatenate([points[1] for points in lines.values()]) if heights is None else heights
+    (xs, _), *_ = lines.values()
+    thinned = [np.interp(np.linspace(points[0].min(), points[0].max(), min(POINTS, len(points[0]))), *points) for points in lines.values()]
+    return Block(["\n".join([
+        "```mermaid", """%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#8b949e, #0969da"}}}}%%""", "xychart-beta",
+        f'    title "{_plain(title)}"', f'    x-axis "{_plain(x)}" {xs.min():g} --> {xs.max():g}',
+        f'    y-axis "{_plain(y)}" {heights.min():.4g} --> {heights.max():.4g}',
+        *(f"    line [{', '.join(f'{value:.4g}' for value in values)}]" for values in thinned), "```"])])
+
+
+def sections(base: str, rev: str) -> Iterator[Block]:
+    """The comment's parts, what decides first and what is long last."""
+    if revision(rev) == revision("HEAD"):
+        state, gate = judged("stages.gate", "--base", base)
+        yield Block([f"### Gate: {'passed' if state == 0 else 'not passed'}"])
+        yield gate
+    else:
+        yield Block([f"### Gate: not asked\n\nIt judges what is checked out, and that is not {code(rev)}."])
+    yield Block(["### Paired comparison"])
+    yield judged("stages.compare", base, rev)[1]
+
+    metrics, complaint = differences("metrics", base, rev)
+    rates = [path.as_posix() for path in (EXACT, JUDGE) if path.as_posix() in metrics]
+    yield Block(["### Rates on the held-out companies"])
+    yield from complaint
+    yield from changed(metrics, base, rev, rates) if rates else [Block(["No rate changed."])]
+
+    params, complaint = differences("params", base, rev)
+    yield Block(["### Parameters"])
+    yield from complaint
+    yield from changed(params, base, rev, sorted(params)) if params else [Block(["No parameter changed."])]
+
+    plots, complaint = differences("plots", base, rev)
+    yield Block(["### Plots"])
+    yield from complaint
+    yield from drawn(plots)
+    yield from changed(metrics, base, rev, sorted(set(metrics) - set(rates)), fold="Other metrics that changed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the comment for a pull request.")
+    parser.add_argument("base", metavar="BASE")
+    parser.add_argument("rev", metavar="REV", nargs="?", default="HEAD")
+    options = parser.parse_args()
+    base, rev = revision(options.base), revision(options.rev)
+    head = f"{MARKER}\n## Results: {code(options.base)} ({base}) → {code(options.rev)} ({rev})\n\n"
+    foot = f"<sub>Written by `make pr-comment BASE={base}`"
+    if run_id := os.environ.get("GITHUB_RUN_ID"):
+        foot += f" in [this run]({os.environ['GITHUB_SERVER_URL']}/{os.environ['GITHUB_REPOSITORY']}/actions/runs/{run_id}), which keeps DVC's plots"
+    print(fitted(head, sections(options.base, options.rev), f"{foot}.</sub>"))
+
+
+if __name__ == "__main__":
+    run(main)
