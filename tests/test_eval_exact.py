@@ -4,7 +4,8 @@ import polars as pl
 import pytest
 
 from schemas.tables import Predictions, Replies
-from stages._rates import rate, wilson
+from stages._intervals import wilson
+from stages._rates import rate
 from stages.eval_exact import gold_turns, parse_replies, score
 from tests.students import ALL, step, table
 
