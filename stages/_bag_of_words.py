@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 
@@ -15,7 +15,7 @@ def bag_of_words_model() -> Any:
     return make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, class_weight="balanced", max_iter=2000))
 
 
-def ranking(scores: Any, handoff: Sequence[bool]) -> dict[str, float]:
+def ranking(scores: Any, handoff: Collection[bool]) -> dict[str, float]:
     """How well `scores` (n,) separate hand-off turns from the others.
 
     Returns:

@@ -39,8 +39,7 @@ def draw(curves: Mapping[str, Sequence[tuple[float, float]]], marks: Sequence[Ma
         title: above the picture.
         most: the right end of the axis; extended where a mark lies beyond it.
     """
-    most = max([most, *(mark.over_escalation + 0.05 for mark in marks)])
-    most = min(1.0, most)
+    most = min(1.0, max([most, *(mark.over_escalation + 0.05 for mark in marks)]))
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
              f'font-family="sans-serif" font-size="13">', f"<title>{title}</title>", f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
              f'<text x="{LEFT}" y="22" font-size="15" fill="#222222">{title}</text>']
@@ -54,15 +53,16 @@ def draw(curves: Mapping[str, Sequence[tuple[float, float]]], marks: Sequence[Ma
               f'<text x="16" y="{(TOP + HEIGHT - BOTTOM) / 2}" text-anchor="middle" fill="#222222" '
               f'transform="rotate(-90 16 {(TOP + HEIGHT - BOTTOM) / 2})">hand-offs found (recall)</text>',
               f'<clipPath id="frame"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/></clipPath>',
-              f'<line x1="{_x(0, most):.1f}" y1="{_y(0):.1f}" x2="{_x(most, most):.1f}" y2="{_y(most):.1f}" stroke="#999999" stroke-dasharray="2 4"/>']
+              f'<line x1="{_x(0, most):.1f}" y1="{_y(0):.1f}" x2="{_x(most, most):.1f}" y2="{_y(most):.1f}" '
+              'stroke="#999999" stroke-dasharray="2 4"/>']
     for name, points in curves.items():
         path = " ".join(f"{_x(over, most):.1f},{_y(recall):.1f}" for over, recall in points)
         wide = 2.5 if name == "student" else 1.5
         parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="{wide}" clip-path="url(#frame)"/>')
     for row, name in enumerate(curves):
         y = TOP + 14 + 18 * row
-        parts += [f'<line x1="{WIDTH - 190}" y1="{y - 4}" x2="{WIDTH - 166}" y2="{y - 4}" stroke="{COLOURS[name]}" stroke-width="2.5"/>',
-                  f'<text x="{WIDTH - 160}" y="{y}" fill="#222222">{LABELS[name]}</text>']
+        parts += [f'<line x1="{LEFT + 12}" y1="{y - 4}" x2="{LEFT + 36}" y2="{y - 4}" stroke="{COLOURS[name]}" stroke-width="2.5"/>',
+                  f'<text x="{LEFT + 42}" y="{y}" fill="#222222">{LABELS[name]}</text>']
     for mark in marks:
         x, y, colour = _x(mark.over_escalation, most), _y(mark.recall), COLOURS["student"]
         parts += [f'<line x1="{x:.1f}" y1="{_y(mark.low):.1f}" x2="{x:.1f}" y2="{_y(mark.high):.1f}" stroke="{colour}"/>',

@@ -13,6 +13,8 @@ from typing import Any
 
 DRAWS = 2000
 SEED = 1
+WANTED = {"escalate_recall": (0.10, 0.20), "over_escalation": (0.02, 0.05)}
+"""The change of a rate that one would want to see between two revisions, and the share of turns they are then taken to differ on."""
 _Z95, _Z80 = 1.959963984540054, 0.8416212335729143
 
 
@@ -52,7 +54,10 @@ def _percentiles(draws: Any) -> tuple[float, float] | None:
     import numpy as np
 
     draws = draws[np.isfinite(draws)]  # a draw without a turn that counts has no rate
-    return tuple(map(float, np.quantile(draws, [0.025, 0.975]))) if len(draws) else None
+    if not len(draws):
+        return None
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def cluster_ratio(conversations: Sequence[str], above: Any, below: Any) -> tuple[float, float] | None:

@@ -118,6 +118,6 @@ def conformal(scores: Any, handoff: Any, miss_rate: float) -> dict[str, Any]:
     found = np.sort(np.asarray(scores, dtype=float)[np.asarray(handoff, dtype=bool)])
     needed = ceil(1 / miss_rate - 1e-9) - 1
     rank = floor(miss_rate * (len(found) + 1) + 1e-9)
-    refused = None if rank else (f"{len(found)} hand-off turns are too few to bound the miss rate at {100 * miss_rate:g} %: it takes at least {needed}")
+    refused = None if rank else f"{len(found)} hand-off turns are too few to bound the miss rate at {100 * miss_rate:g} %: it takes {needed} or more"
     return {"miss_rate": miss_rate, "threshold": float(found[rank - 1]) if rank else None, "refused": refused,
             "needed_handoff_turns": needed, "note": NOTE}

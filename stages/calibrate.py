@@ -23,7 +23,7 @@ from schemas.operating import CalibrateMetrics, OperatingPoint, Rule
 from schemas.tables import SCORED, Calibration, Predictions
 from schemas.yardsticks import Yardstick, YardstickScores
 from stages._curve_svg import Mark, draw
-from stages._intervals import clopper_pearson_upper, cluster_auc, cluster_ratio, turns_needed
+from stages._intervals import WANTED, clopper_pearson_upper, cluster_auc, cluster_ratio, turns_needed
 from stages._policy import SCORE, checked, scored_rows, tuned
 from stages._rates import clustered_rate, outcomes, rate
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
@@ -41,8 +41,6 @@ DETAIL = Path("metrics/calibrate_detail.json")
 PLOTS = Path("metrics/calibrate")
 BINS = 10
 POOLED = "pooled"
-WANTED = {"escalate_recall": (0.10, 0.20), "over_escalation": (0.02, 0.05)}
-"""The change of a rate that one would want to see between two revisions, and the share of turns they are then taken to differ on."""
 
 
 class CalibrateParams(Params):
@@ -102,7 +100,10 @@ def curve(rows: pl.DataFrame) -> list[tuple[float, float]]:
 
 
 def areas(rows: pl.DataFrame) -> dict[str, Any]:
-    """Area under the curve with its interval; up to 5 % over-escalation (McClish 1989: .5 is chance, 1 perfect); recall at 5 %; null without a curve."""
+    """Area under the curve with its interval, the part of it up to 5 % over-escalation, and the recall there; null without a curve.
+
+    The partial area is scaled so that .5 is chance and 1 perfect (McClish 1989, Medical Decision Making 9:190).
+    """
     from sklearn.metrics import roc_auc_score
 
     points = curve(rows)
@@ -116,7 +117,7 @@ def areas(rows: pl.DataFrame) -> dict[str, Any]:
 
 
 def reliability(scores: Any, handoff: Any) -> list[dict[str, Any]]:
-    """Turns in order of their score, in bins of equal number: the mean score `predicted`, the share of hand-offs `observed`, its k, n and interval."""
+    """Turns by their score, in bins of equal number: the mean score `predicted`, the share of hand-offs `observed`, its k, n and interval."""
     import numpy as np
 
     bins = [chosen for chosen in np.array_split(np.argsort(scores, kind="stable"), BINS) if len(chosen)]
@@ -124,17 +125,20 @@ def reliability(scores: Any, handoff: Any) -> list[dict[str, Any]]:
             for chosen in bins]
 
 
-def probabilities(rows: pl.DataFrame, point: Point) -> dict[str, Any]:
-    """Brier score and reliability of the score as it is and after the map; `constant` is the Brier score of saying the turns' own share."""
+def probabilities(rows: pl.DataFrame, point: Point, with_bins: bool) -> dict[str, Any]:
+    """Brier score, and where asked for reliability, of the score as it is and after the map.
+
+    `constant` is the Brier score of saying the turns' own share of hand-offs every time.
+    """
     handoff = (rows["gold_action"] == "escalate").to_numpy()
     raw = rows[SCORE].to_numpy()
     versions = {"raw": raw, "recalibrated": recalibrated(raw, point.slope, point.intercept)}
     return {"brier": {**{name: float(((scores - handoff) ** 2).mean()) for name, scores in versions.items()},
                       "constant": float(handoff.mean() * (1 - handoff.mean()))},
-            "reliability": {name: reliability(scores, handoff) for name, scores in versions.items()}}
+            **({"reliability": {name: reliability(scores, handoff) for name, scores in versions.items()}} if with_bins else {})}
 
 
-def measured(rows: pl.DataFrame, point: Point, params: CalibrateParams, with_plain: bool) -> dict[str, Any]:
+def measured(rows: pl.DataFrame, point: Point, params: CalibrateParams, with_plain: bool, with_bins: bool) -> dict[str, Any]:
     """Everything about one model on some held-out turns."""
     at = at_policy(tuned(rows, point.cut.threshold), params)
     found = at["escalate_recall"]
@@ -142,7 +146,7 @@ def measured(rows: pl.DataFrame, point: Point, params: CalibrateParams, with_pla
     return {
         **({"plain": at_policy(rows, params)} if with_plain else {}), "at_threshold": at, **bounded,
         "miss_rate": {"k": found["n"] - found["k"], "n": found["n"], "upper_95": clopper_pearson_upper(found["n"] - found["k"], found["n"])},
-        "auc": areas(rows), **probabilities(rows, point)}
+        "auc": areas(rows), **probabilities(rows, point, with_bins)}
 
 
 def worst(by_company: dict[str, dict[str, Any]], model: str) -> dict[str, Any]:
@@ -243,13 +247,15 @@ def main() -> None:
     companies = sorted(predictions["company"].unique())
     parts = {**{company: {model: rows.filter(pl.col("company") == company) for model, rows in held_out.items()} for company in companies},
              POOLED: held_out}
-    found = {name: {model: measured(rows, points[model], params, model in SCORED) for model, rows in models.items()} for name, models in parts.items()}
+    found = {name: {model: measured(rows, points[model], params, model in SCORED, name == POOLED) for model, rows in models.items()}
+             for name, models in parts.items()}
     by_company = {company: found[company] for company in companies}
     warnings = warnings_of(points, by_company, params)
 
     write_operating_point(own.filter(pl.col("model") == "student"), points["student"], params)
-    write_metrics(METRICS, {"threshold": points["student"].cut.threshold, "rule": params.rule.value,
-                            **{company: {model: short(of) for model, of in models.items()} for company, models in by_company.items()}}, CalibrateMetrics)
+    write_metrics(METRICS, {
+        "threshold": points["student"].cut.threshold, "rule": params.rule.value,
+        **{company: {model: short(of) for model, of in models.items()} for company, models in by_company.items()}}, CalibrateMetrics)
     write_metrics(DETAIL, {
         "rule": in_words(params.rule, params.cost_missed, params.cost_needless, params.max_over_escalation),
         "costs": {"missed_minutes": params.cost_missed, "needless_minutes": params.cost_needless, "origin": "assumed, not measured"},

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from schemas.action import parse_action
 from schemas.errors import InputError
 from schemas.tables import Verified
 from schemas.traces import Role
-from schemas.yardsticks import Yardstick, YardsticksMetrics, YardstickScores
+from schemas.yardsticks import Yardstick, YardstickScores, YardsticksMetrics
 from stages._bag_of_words import bag_of_words_model, ranking
 from stages._stage import read_table, run, say, write_metrics, write_table
 
@@ -134,13 +135,14 @@ def main() -> None:
     texts = {name: part["said"].list.join("\n").to_numpy() for name, part in turns.items()}
     everything = embedded([said for part in turns.values() for said in part["said"].to_list()], folder)
     vectors = dict(zip(turns, np.split(everything, np.cumsum([len(part) for part in turns.values()])[:-1]), strict=True))
-    auc = {strength: left_out_auc(lambda c=strength: logistic(c), vectors["train"], handoff["train"], companies) for strength in STRENGTHS}
+    auc = {strength: left_out_auc(partial(logistic, strength), vectors["train"], handoff["train"], companies) for strength in STRENGTHS}
     best = max(auc, key=lambda strength: (auc[strength], -strength))
     bag = bag_of_words_model()
     fits = {
         Yardstick.BAG_OF_WORDS: (bag, texts, bag[-1].C, left_out_auc(bag_of_words_model, texts["train"], handoff["train"], companies)),
         Yardstick.EMBEDDING: (logistic(best), vectors, best, auc[best])}
-    frames, metrics = [], {}
+    frames: list[pl.DataFrame] = []
+    metrics: dict[str, dict[str, Any]] = {}
     for name, (model, features, strength, left_out) in fits.items():
         model.fit(features["train"], handoff["train"])
         scores = {split: model.predict_proba(features[split])[:, 1] for split in ("calibration", "held_out")}
