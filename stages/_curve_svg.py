@@ -60,9 +60,9 @@ def draw(curves: Mapping[str, Sequence[tuple[float, float]]], marks: Sequence[Ma
         wide = 2.5 if name == "student" else 1.5
         parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[name]}" stroke-width="{wide}" clip-path="url(#frame)"/>')
     for row, name in enumerate(curves):
-        y = TOP + 14 + 18 * row
-        parts += [f'<line x1="{LEFT + 12}" y1="{y - 4}" x2="{LEFT + 36}" y2="{y - 4}" stroke="{COLOURS[name]}" stroke-width="2.5"/>',
-                  f'<text x="{LEFT + 42}" y="{y}" fill="#222222">{LABELS[name]}</text>']
+        legend = HEIGHT - BOTTOM - 12 - 18 * (len(curves) - 1 - row)
+        parts += [f'<line x1="{WIDTH - 190}" y1="{legend - 4}" x2="{WIDTH - 166}" y2="{legend - 4}" stroke="{COLOURS[name]}" stroke-width="2.5"/>',
+                  f'<text x="{WIDTH - 160}" y="{legend}" fill="#222222">{LABELS[name]}</text>']
     for mark in marks:
         x, y, colour = _x(mark.over_escalation, most), _y(mark.recall), COLOURS["student"]
         parts += [f'<line x1="{x:.1f}" y1="{_y(mark.low):.1f}" x2="{x:.1f}" y2="{_y(mark.high):.1f}" stroke="{colour}"/>',
