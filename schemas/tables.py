@@ -101,6 +101,8 @@ class Predictions(pa.DataFrameModel):
     action: str = pa.Field(nullable=True, isin=_ACTIONS, description="null where the text is not a valid step")
     reason: str = pa.Field(nullable=True, isin=_REASONS)
     fault: str = pa.Field(nullable=True, isin=list(ActionFault))
+    p_escalate: float = pa.Field(nullable=True, ge=0, le=1, description="how likely the model hands off at this turn; alike for every decoding")
+    other_action: str = pa.Field(nullable=True, isin=_ACTIONS, description="its best action other than escalate, where its own is escalate")
 
     class Config:
         strict = True
@@ -108,6 +110,20 @@ class Predictions(pa.DataFrameModel):
 
 SCORED = {"base": "schema", "student": "free"}
 """Which decoding the figures other than `valid_output` are taken from."""
+
+
+class Calibration(pa.DataFrameModel):
+    """eval_exact's second table: one row an agent turn of the calibration split and model."""
+
+    company: str
+    conversation_id: str
+    index: int = pa.Field(ge=0)
+    model: str = pa.Field(isin=["base", "student"])
+    gold_action: str = pa.Field(isin=_ACTIONS)
+    p_escalate: float = pa.Field(ge=0, le=1)
+
+    class Config:
+        strict = True
 
 
 class Judgements(pa.DataFrameModel):

@@ -1,23 +1,40 @@
-"""A rate is never a bare number: k of n, with its interval."""
+"""A rate is never a bare number: k of n, with its intervals."""
 
 from __future__ import annotations
 
-from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Z95 = 1.959963984540054
+from stages._intervals import cluster_ratio, wilson
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of k successes in n (Wilson 1927); (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = k / n, Z95 * Z95
-    centre, spread = p + z2 / (2 * n), Z95 * sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, (centre - spread) / (1 + z2 / n)), min(1.0, (centre + spread) / (1 + z2 / n))
+def outcomes(rows: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """The turns that each rate is of, with `hit` for those that it counts.
+
+    Args:
+        rows: `gold_action` and `action`, one row a turn; null is no valid step: wrong, and no hand-off.
+    """
+    import polars as pl
+
+    handoff, escalated = pl.col("gold_action") == "escalate", pl.col("action").eq("escalate").fill_null(False)
+    return {
+        "action_accuracy": rows.with_columns(hit=pl.col("action").eq(pl.col("gold_action")).fill_null(False)),
+        "escalate_recall": rows.filter(handoff).with_columns(hit=escalated),
+        "over_escalation": rows.filter(~handoff).with_columns(hit=escalated)}
 
 
 def rate(k: int, n: int) -> dict[str, Any]:
     """`{k, n, low, high}`: the count and its 95 % Wilson interval."""
     low, high = wilson(k, n)
     return {"k": k, "n": n, "low": low, "high": high}
+
+
+def clustered_rate(outcome: pl.DataFrame) -> dict[str, Any]:
+    """`rate` of `hit` with `cluster_low` and `cluster_high`, the interval that draws whole conversations; null for no turns."""
+    import numpy as np
+
+    hits = outcome["hit"].to_numpy()
+    low, high = cluster_ratio(outcome["conversation_id"].to_list(), hits, np.ones(len(hits))) or (None, None)
+    return {**rate(int(hits.sum()), len(hits)), "cluster_low": low, "cluster_high": high}

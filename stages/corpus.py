@@ -22,6 +22,7 @@ from agent.replay import reference_messages
 from schemas.action import TOOLS, ActionName
 from schemas.company import Company, Kind, load_company
 from schemas.errors import InputError
+from stages._bag_of_words import bag_of_words_model, ranking
 from stages._rules import examine
 from stages._stage import DataParams, load_params, run, say, used_companies, write_metrics
 
@@ -155,19 +156,10 @@ def bag_of_words(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> dic
     Returns:
         AUC over the steps of `test`, and the recall at the threshold where at most 5 % of the others are over-escalated.
     """
-    import numpy as np
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score, roc_curve
-    from sklearn.pipeline import make_pipeline
-
     if any(len({row["escalate"] for row in rows}) < 2 for rows in (train, test)):
         return {}
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, class_weight="balanced", max_iter=2000))
-    model.fit([row["said"] for row in train], [row["escalate"] for row in train])
-    scores, gold = model.predict_proba([row["said"] for row in test])[:, 1], [row["escalate"] for row in test]
-    false_rate, recall, _ = roc_curve(gold, scores)
-    return {"auc": float(roc_auc_score(gold, scores)), "recall_at_5_percent": float(recall[np.searchsorted(false_rate, 0.05, side="right") - 1])}
+    model = bag_of_words_model().fit([row["said"] for row in train], [row["escalate"] for row in train])
+    return ranking(model.predict_proba([row["said"] for row in test])[:, 1], [row["escalate"] for row in test])
 
 
 def blind_agreement(company: Company) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from schemas.action import ActionError, parse_action
 from schemas.errors import InputError
 from schemas.metrics import ExactMetrics
 from schemas.tables import SCORED, Predictions, Replies, Verified
-from stages._rates import rate
+from stages._rates import clustered_rate, outcomes
 from stages._stage import read_table, run, say, write_metrics, write_table
 
 if TYPE_CHECKING:
@@ -61,22 +61,22 @@ def parse_replies(replies: pl.DataFrame) -> pl.DataFrame:
             reasons.append(step.args.get("reason"))
             faults.append(None)
     return replies.with_columns(pl.Series("action", actions, dtype=pl.String), pl.Series("reason", reasons, dtype=pl.String),
-                                pl.Series("fault", faults, dtype=pl.String))
+                                pl.Series("fault", faults, dtype=pl.String), pl.lit(None, pl.Float64).alias("p_escalate"),
+                                pl.lit(None, pl.String).alias("other_action"))
+
+
+def scored(rows: pl.DataFrame, model: str) -> dict[str, pl.DataFrame]:
+    """The turns that each of one model's four rates is of, with `hit` for those that it counts."""
+    import polars as pl
+
+    mine = rows.filter(pl.col("model") == model)
+    return {**outcomes(mine.filter(pl.col("decoding") == SCORED[model])),
+            "valid_output": mine.filter(pl.col("decoding") == "free").with_columns(hit=pl.col("fault").is_null())}
 
 
 def score(rows: pl.DataFrame, model: str) -> dict[str, tuple[int, int]]:
     """The four rates of one model as (k, n)."""
-    import polars as pl
-
-    mine = rows.filter(pl.col("model") == model)
-    free, scored = mine.filter(pl.col("decoding") == "free"), mine.filter(pl.col("decoding") == SCORED[model])
-    handoff = scored["gold_action"] == "escalate"
-    escalated = (scored["action"] == "escalate").fill_null(False)
-    return {
-        "action_accuracy": (int((scored["action"] == scored["gold_action"]).fill_null(False).sum()), len(scored)),
-        "escalate_recall": (int((handoff & escalated).sum()), int(handoff.sum())),
-        "over_escalation": (int((~handoff & escalated).sum()), int((~handoff).sum())),
-        "valid_output": (int(free["fault"].is_null().sum()), len(free))}
+    return {name: (int(outcome["hit"].sum()), len(outcome)) for name, outcome in scored(rows, model).items()}
 
 
 def main() -> None:
@@ -94,8 +94,9 @@ def main() -> None:
                               for company in sorted(gold["company"].unique())}
     write_metrics(METRICS, {company: {model: {name: k / n if n else 0.0 for name, (k, n) in rates.items()} for model, rates in models.items()}
                             for company, models in counts.items()}, ExactMetrics)
-    write_metrics(COUNTS, {company: {model: {name: rate(k, n) for name, (k, n) in rates.items()} for model, rates in models.items()}
-                           for company, models in counts.items()})
+    write_metrics(COUNTS, {company: {model: {name: clustered_rate(outcome) for name, outcome in
+                                             scored(rows.filter(pl.col("company") == company), model).items()} for model in SCORED}
+                           for company in counts})
     for company, models in counts.items():
         say(f"eval_exact {company}: student " + ", ".join(f"{name} {k}/{n}" for name, (k, n) in models["student"].items()))
 

@@ -24,7 +24,7 @@ from schemas.metrics import JudgeMetrics
 from schemas.tables import SCORED, Judgements, Predictions, Verified
 from schemas.traces import Message
 from stages._conversations import Conversation, conversations
-from stages._rates import rate
+from stages._rates import clustered_rate, outcomes
 from stages._simulated import simulator_for
 from stages._stage import (
     Params,
@@ -98,14 +98,23 @@ async def judge_all(rows: list[dict[str, Any]], held: dict[str, Conversation],
         return answers
 
 
-def score(judged: pl.DataFrame) -> dict[str, tuple[int, int]]:
-    """One model's rates as (k, n): acceptable of the scored, over-escalation of the turns that should not, unscored of all."""
-    scored = judged.filter(judged["verdict"] != "unscored")
-    others = judged.filter(judged["gold_action"] != "escalate")
+def scored(judged: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """The turns that each of one model's rates is of, with `hit` for those that it counts.
+
+    Acceptable is of the scored turns, over-escalation of those that should not hand off, unscored of all.
+    """
+    import polars as pl
+
+    unscored = pl.col("verdict") == "unscored"
     return {
-        "acceptable": (int((scored["verdict"] == "acceptable").sum()), len(scored)),
-        "over_escalation": (int((others["action"] == "escalate").fill_null(False).sum()), len(others)),
-        "unscored": (len(judged) - len(scored), len(judged))}
+        "acceptable": judged.filter(~unscored).with_columns(hit=pl.col("verdict") == "acceptable"),
+        "over_escalation": outcomes(judged)["over_escalation"],
+        "unscored": judged.with_columns(hit=unscored)}
+
+
+def score(judged: pl.DataFrame) -> dict[str, tuple[int, int]]:
+    """One model's rates as (k, n)."""
+    return {name: (int(outcome["hit"].sum()), len(outcome)) for name, outcome in scored(judged).items()}
 
 
 def main() -> None:
@@ -123,13 +132,14 @@ def main() -> None:
     judged = wanted.with_columns(pl.Series("answer", answers, dtype=pl.String),
                                  pl.Series("verdict", [read_verdict(answer) for answer in answers], dtype=pl.String))
     write_table(JUDGEMENTS, judged, Judgements)
-    counts = {company: {model: score(judged.filter((pl.col("company") == company) & (pl.col("model") == model))) for model in SCORED}
-              for company in sorted(wanted["company"].unique())}
+    parts = {company: {model: judged.filter((pl.col("company") == company) & (pl.col("model") == model)) for model in SCORED}
+             for company in sorted(wanted["company"].unique())}
+    counts = {company: {model: score(part) for model, part in models.items()} for company, models in parts.items()}
     write_metrics(METRICS, {company: {model: {name: k / n if n else 0.0 for name, (k, n) in rates.items()} for model, rates in models.items()}
                             for company, models in counts.items()}, JudgeMetrics)
     name = "simulator" if params.judge.base_url == SIMULATOR else params.judge.model
-    write_metrics(COUNTS, {"judge": name, **{company: {model: {key: rate(k, n) for key, (k, n) in rates.items()} for model, rates in models.items()}
-                                             for company, models in counts.items()}})
+    write_metrics(COUNTS, {"judge": name, **{company: {model: {key: clustered_rate(outcome) for key, outcome in scored(part).items()}
+                                                       for model, part in models.items()} for company, models in parts.items()}})
     for company, models in counts.items():
         say(f"eval_judge {company} ({name}): student " + ", ".join(f"{key} {k}/{n}" for key, (k, n) in models["student"].items()))
 

@@ -8,40 +8,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from schemas.errors import InputError
+from stages._revisions import WORKSPACE, read_json
+from stages._show import markdown, plain
 from stages._stage import run
 
 EXACT = Path("metrics/eval_exact_counts.json")
 JUDGE = Path("metrics/eval_judge_counts.json")
 GENERATED = Path("metrics/teacher_gen.json")
+CALIBRATED = Path("metrics/calibrate_detail.json")
 COLUMNS = {"action_accuracy": "action accuracy", "escalate_recall": "escalation recall", "over_escalation": "over-escalation",
            "valid_output": "valid output", "acceptable": "acceptable"}
 NOTE = ("valid output is measured free-running; base's other figures are decoded under the JSON schema, the student's free-running. "
         "Teacher: {teacher}. Judge: {judge}.")
-
-
-def load(path: Path, rev: str | None) -> dict[str, Any]:
-    """A metrics file of the workspace, or of a revision.
-
-    Raises:
-        InputError: it is not there.
-    """
-    if rev is None:
-        if not path.is_file():
-            raise InputError(f"{path} does not exist", "dvc repro writes it")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    import dvc.api
-    from dvc.exceptions import DvcException
-
-    try:
-        return json.loads(dvc.api.read(path.as_posix(), rev=rev))
-    except (DvcException, OSError) as error:
-        raise InputError(f"{path} of revision '{rev}' cannot be read: {error}", "git log, or dvc exp list, shows the revisions") from None
 
 
 def rows(exact: dict[str, Any], judge: dict[str, Any]) -> list[list[str]]:
@@ -59,27 +41,42 @@ def _show(value: dict[str, Any]) -> str:
     return f"{100 * k / n:.1f} % ({k}/{n})" if n else "– (0/0)"
 
 
-def markdown(table: list[list[str]]) -> str:
-    header, *body = table
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *body))
+def operating_rows(detail: dict[str, Any]) -> list[list[str]]:
+    """Header and one row for every company and model: what the threshold makes of recall, over-escalation and cost."""
+    table = [["company", "model", "escalation recall", "over-escalation", "minutes a turn", "at the threshold: recall", "over-escalation",
+              "minutes a turn", "AUC"]]
+    for company, models in detail["held_out"].items():
+        for model, of in models.items():
+            figures = [cell for name in ("plain", "at_threshold") for cell in (_policy(of[name]) if name in of else ["–"] * 3)]
+            auc = of["auc"]["value"]
+            table.append([company, model, *figures, "–" if auc is None else f"{auc:.2f}"])
+    return table
 
 
-def plain(table: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)
+def _policy(figures: dict[str, Any]) -> list[str]:
+    return [_show(figures["escalate_recall"]), _show(figures["over_escalation"]), f"{figures['expected_cost']['value']:.2f}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the result table.")
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--rev")
+    parser.add_argument("--rev", default=WORKSPACE)
     options = parser.parse_args()
-    exact, judge, generated = (load(path, options.rev) for path in (EXACT, JUDGE, GENERATED))
+    exact, judge, generated = (read_json(path, options.rev) for path in (EXACT, JUDGE, GENERATED))
     table = rows(exact, judge)
-    print(markdown(table) if options.markdown else plain(table))
+    show = markdown if options.markdown else plain
+    print(show(table))
     print(NOTE.format(teacher=generated["teacher"], judge=judge["judge"]))
     if generated["scenarios_per_company"]:
         print(f"A SLICE of {generated['scenarios_per_company']} scenarios a company, to see that it runs: the figures mean nothing.")
+    try:
+        detail = read_json(CALIBRATED, options.rev)
+    except InputError as error:
+        print(f"\nNo operating point: {error}.")
+        return
+    print(f"\n{show(operating_rows(detail))}")
+    print(f"{detail['rule']} Costs in minutes are assumed: {detail['costs']['missed_minutes']:g} for a missed hand-off, "
+          f"{detail['costs']['needless_minutes']:g} for a needless one.")
 
 
 if __name__ == "__main__":

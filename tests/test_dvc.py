@@ -34,7 +34,7 @@ def reading(param):
     return {name for name, stage in STAGES.items() if any(param == p or param.startswith(f"{p}.") for p in stage.get("params", []))}
 
 
-STUDENT = {"qlora_train", "predict_student", "eval_exact", "eval_judge"}
+STUDENT = {"qlora_train", "predict_student", "eval_exact", "eval_judge", "calibrate"}
 
 
 @pytest.mark.parametrize("param, reached", [
@@ -42,7 +42,8 @@ STUDENT = {"qlora_train", "predict_student", "eval_exact", "eval_judge"}
     ("qlora_train.learning_rate", STUDENT),
     ("eval_judge.judge", {"eval_judge"}),
     ("simulator.judge", {"eval_judge"}),
-    ("verify.calibration_one_in", {"verify", "oversample", "predict_base"} | STUDENT),
+    ("verify.calibration_one_in", {"verify", "oversample", "predict_base", "yardsticks"} | STUDENT),
+    ("calibrate.rule", {"calibrate"}),
 ])
 def test_an_edited_parameter_reruns_what_it_must_and_no_more(param, reached):
     assert downstream(reading(param)) == reached
@@ -52,8 +53,9 @@ def test_an_edited_parameter_reruns_what_it_must_and_no_more(param, reached):
     ("simulator/judge.py", {"eval_judge"}),
     ("stages/eval_judge.py", {"eval_judge"}),
     ("stages/oversample.py", {"oversample"} | STUDENT),
-    ("agent/endpoint.py", {"teacher_gen", "verify", "oversample", "predict_base", "eval_judge"} | STUDENT),
-    ("agent/decode.py", {"predict_base", "predict_student", "eval_exact", "eval_judge"}),
+    ("agent/endpoint.py", {"teacher_gen", "verify", "oversample", "predict_base", "yardsticks"} | STUDENT),
+    ("agent/decode.py", {"predict_base", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
+    ("stages/_threshold.py", {"calibrate"}), ("stages/_bag_of_words.py", {"corpus", "yardsticks", "calibrate"}),
 ])
 def test_an_edited_file_reruns_what_it_must_and_no_more(file, reached):
     assert downstream({name for name, stage in STAGES.items() if file in names(stage["deps"])}) == reached
@@ -77,8 +79,9 @@ def test_metrics_and_predictions_are_in_git_and_small():
     for name, stage in STAGES.items():
         for metric in names(stage.get("metrics")):
             assert metric in tracked, f"{name}: {metric}"
-    assert "data/eval_exact/predictions.parquet" in tracked
-    assert (ROOT / "data/eval_exact/predictions.parquet").stat().st_size < 1_000_000
+    for path in ("data/eval_exact/predictions.parquet", "data/eval_exact/calibration.parquet"):
+        assert path in tracked and (ROOT / path).stat().st_size < 1_000_000
+    assert "models/operating_point.json" in tracked
 
 
 @pytest.mark.parametrize("command", [["metrics", "show"], ["dag"], ["params", "diff"]])

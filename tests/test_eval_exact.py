@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from schemas.tables import Predictions, Replies
-from stages._rates import rate, wilson
+from stages._rates import rate
 from stages.eval_exact import gold_turns, parse_replies, score
 from tests.students import ALL, step, table
 
@@ -63,12 +63,6 @@ def test_the_base_model_is_scored_under_the_schema_but_for_valid_output():
 
 def test_replies_are_a_checked_table():
     Replies.validate(replies(perfect()))
-
-
-@pytest.mark.parametrize("k, n, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)])
-def test_wilson_interval_against_published_values(k, n, low, high):
-    """81/263: Newcombe 1998, Statistics in Medicine 17, table I, method 3."""
-    assert wilson(k, n) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
 def test_an_empty_rate_says_nothing():

@@ -81,7 +81,7 @@ def test_a_stage_runs_its_module_and_says_what_for(stage):
 
 def test_every_module_is_a_stage_or_shows_results():
     modules = {path.stem for path in (ROOT / "stages").glob("*.py")}
-    assert {module for module in modules if not module.startswith("_")} == {*MODULES.values(), "table", "card", "pr_comment"}
+    assert {module for module in modules if not module.startswith("_")} == {*MODULES.values(), "table", "card", "compare", "gate", "pr_comment"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -98,7 +98,8 @@ def test_the_declared_params_are_those_the_stage_loads(stage):
 def test_every_section_of_params_yaml_is_used():
     declared = {section for stage in STAGES.values() for section in stage.get("params", [])}
     sections = {name for name in PARAMS if name != "simulator"} | {f"simulator.{role}" for role in PARAMS["simulator"]}
-    assert declared == sections
+    commands = {call.value for module in ("compare", "gate") for call in calls(module, "load_params")}
+    assert declared | commands == sections
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -121,9 +122,9 @@ def test_a_stage_that_loads_companies_depends_on_them(module):
     assert loads == (COMPANIES in of_module(module, inputs))
 
 
-@pytest.mark.parametrize("module", ["table", "pr_comment"])
-def test_what_shows_results_reads_what_stages_write(module):
-    assert named_paths(module) and named_paths(module) <= set().union(*map(outputs, STAGES))
+@pytest.mark.parametrize("module", ["table", "compare", "gate", "pr_comment", "_revisions"])
+def test_a_command_reads_what_stages_write(module):
+    assert named_paths(module) and named_paths(module) - {"dvc.lock"} <= set().union(*map(outputs, STAGES))
 
 
 def test_a_path_has_one_writer_and_every_input_has_one_or_is_data():
@@ -139,7 +140,9 @@ def test_a_path_has_one_writer_and_every_input_has_one_or_is_data():
 def test_plots_lie_in_an_output():
     written = set().union(*map(outputs, STAGES))
     for plot in PIPELINE["plots"]:
-        assert any(Path(path).is_relative_to(out) for path in plot for out in written)
+        (name, drawn), = plot.items()
+        for path in drawn["y"] if isinstance(drawn["y"], dict) else [name]:
+            assert any(Path(path).is_relative_to(out) for out in written), path
 
 
 @pytest.mark.parametrize("path", ["models/qlora_train", "data/oversample/train.parquet"])
@@ -154,8 +157,9 @@ def test_evaluation_is_on_the_held_out_companies_and_the_student():
     assert "models/qlora_train" not in ancestors("data/predict/base.parquet")
 
 
-def test_no_stage_reads_the_calibration_split():
-    assert not any("data/verify/calibration.parquet" in inputs(stage) for stage in STAGES)
+def test_the_calibration_split_is_read_to_score_it_and_never_to_train():
+    assert "data/verify/calibration.parquet" not in ancestors("models/qlora_train")
+    assert "yardsticks" in {stage for stage in STAGES if "data/verify/calibration.parquet" in inputs(stage)}
 
 
 MAY_IMPORT = {"schemas": {"schemas"}, "agent": {"agent", "schemas"}, "simulator": {"simulator", "schemas"}, "stages": {"stages", "agent", "schemas"}}
@@ -172,7 +176,8 @@ def test_packages_import_one_way(package):
 
 @pytest.mark.parametrize("module", [
     "agent.loop", "schemas.tables", "stages.corpus", "stages.teacher_gen", "stages.verify", "stages.oversample", "stages.eval_exact",
-    "stages.eval_judge", "stages.table", "stages.pr_comment", "simulator.__main__"])
+    "stages.eval_judge", "stages.yardsticks", "stages.calibrate", "stages.table", "stages.compare", "stages.gate", "stages.pr_comment",
+    "simulator.__main__"])
 def test_what_needs_no_model_imports_no_torch(module):
     code = f"import {module}, sys; print(*{{'torch', 'transformers'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

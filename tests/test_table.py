@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.table import EXACT, JUDGE, markdown, plain, rows
+from stages._show import markdown, plain
+from stages.table import EXACT, JUDGE, rows
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,0 +1,163 @@
+"""Files as they stand in a revision, and the per-turn predictions of one under a policy."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+
+from schemas.errors import InputError
+from schemas.operating import OperatingPoint, Policy
+from stages._policy import checked, scored_rows, tuned
+
+if TYPE_CHECKING:
+    import polars as pl
+
+WORKSPACE = "workspace"
+PREDICTIONS = Path("data/eval_exact/predictions.parquet")
+OPERATING_POINT = Path("models/operating_point.json")
+LOCK = Path("dvc.lock")
+HELD_OUT = "data/verify/held_out.parquet"
+
+
+def read_revision(path: Path, rev: str) -> bytes:
+    """A file of the workspace, a commit, a branch, a tag or an experiment, whether git or DVC's cache keeps it.
+
+    Raises:
+        InputError: there is no such revision, it has no such file, or its data is not on this machine.
+    """
+    if rev == WORKSPACE:
+        if not path.is_file():
+            raise InputError(f"{path} does not exist in the workspace", "dvc repro writes it, dvc pull brings one that was written before")
+        return path.read_bytes()
+
+    import dvc.api
+    from dvc.exceptions import DvcException, FileMissingError, PathMissingError
+    from dvc.scm import RevError
+
+    try:
+        return dvc.api.read(path.as_posix(), rev=rev, mode="rb")
+    except RevError:
+        raise InputError(f"there is no revision '{rev}'", "git log, git branch and dvc exp list show the revisions") from None
+    except (PathMissingError, FileMissingError, FileNotFoundError):
+        raise InputError(f"{path} of revision '{rev}' is neither in git nor in DVC's cache on this machine",
+                         f"dvc pull --all-commits {path} brings what was shared; dvc repro in that revision writes it") from None
+    except (DvcException, OSError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"{path} of revision '{rev}' cannot be read: {why}", "dvc doctor shows what is wrong here") from None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a revision under a policy, written `REV` (plain), `REV:plain` or `REV:tuned`."""
+
+    rev: str
+    policy: Policy
+
+    @classmethod
+    def parse(cls, text: str) -> Side:
+        """From its written form.
+
+        Raises:
+            InputError: an unknown policy, or no revision.
+        """
+        rev, colon, policy = text.partition(":")
+        if not rev or (colon and policy not in list(Policy)):
+            raise InputError(f"'{text}' is no side of a comparison", "write REV, REV:plain or REV:tuned; 'workspace' is a revision too")
+        return cls(rev, Policy(policy) if colon else Policy.PLAIN)
+
+    def __str__(self) -> str:
+        return f"{self.rev}:{self.policy.value}"
+
+
+def operating_point(rev: str) -> OperatingPoint:
+    """The threshold that a revision ships with.
+
+    Raises:
+        InputError: it has none, or not one in this version's form.
+    """
+    try:
+        return OperatingPoint.model_validate_json(read_revision(OPERATING_POINT, rev))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{OPERATING_POINT} of '{rev}' is no operating point: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+                         "dvc repro --force calibrate writes it anew") from None
+
+
+def predictions(side: Side) -> pl.DataFrame:
+    """The scored row of every turn and model, `action` under the side's policy; tuned has the student alone, since it alone ships.
+
+    Raises:
+        InputError: the revision lacks what is needed.
+    """
+    import polars as pl
+
+    name = f"{PREDICTIONS} of '{side.rev}'"
+    content = read_revision(PREDICTIONS, side.rev)
+    try:
+        frame = pl.read_parquet(io.BytesIO(content))
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise InputError(f"{name} is not Parquet: {str(error).splitlines()[0]}", "dvc repro --force eval_exact") from None
+    rows = scored_rows(checked(frame, name, with_score=side.policy is Policy.TUNED))
+    if side.policy is Policy.PLAIN:
+        return rows
+    return tuned(rows.filter(pl.col("model") == "student"), operating_point(side.rev).threshold)
+
+
+def held_out_hash(rev: str) -> str | None:
+    """The MD5 of the held-out conversations that a revision's eval_exact read, by its dvc.lock; None where there is none."""
+    try:
+        lock = yaml.safe_load(read_revision(LOCK, rev))
+    except InputError:
+        return None
+    deps = lock.get("stages", {}).get("eval_exact", {}).get("deps", [])
+    return next((dep.get("md5") for dep in deps if dep["path"] == HELD_OUT), None)
+
+
+def same_turns(a: Side, b: Side, left: pl.DataFrame, right: pl.DataFrame) -> None:
+    """Refuse two tables whose turns cannot be joined, or whose texts were read by different rules.
+
+    Raises:
+        InputError: other turns, other gold steps, other conversations behind them, or the same text read as another action.
+    """
+    turn = ["company", "conversation_id", "index"]
+    keys = [*turn, "gold_action", "gold_reason"]
+    hint = "compare revisions that evaluated on the same data: in one of them, dvc repro eval_exact on the other's data"
+    for one, other, first, second in ((a, b, left, right), (b, a, right, left)):
+        if alone := len(first.select(keys).unique().join(second.select(keys).unique(), on=keys, how="anti", nulls_equal=True)):
+            raise InputError(f"{alone} turns of {one.rev} are not in {other.rev}: they were measured on different evaluation sets", hint)
+    hashes = held_out_hash(a.rev), held_out_hash(b.rev)
+    if None not in hashes and len(set(hashes)) > 1:
+        raise InputError(f"{a.rev} and {b.rev} have the same turns but other conversations around them ({HELD_OUT} differs in dvc.lock)", hint)
+
+
+def same_grader(a: Side, b: Side, left: pl.DataFrame, right: pl.DataFrame) -> None:
+    """Refuse two revisions that read the same text as different steps; `left` and `right` are plain.
+
+    Raises:
+        InputError: the grader changed between them.
+    """
+    import polars as pl
+
+    keys = ["conversation_id", "index", "model", "decoding", "raw"]
+    both = left.join(right, on=keys, how="inner", suffix="_b")
+    if changed := len(both.filter(pl.col("action").ne_missing(pl.col("action_b")))):
+        raise InputError(f"{changed} equal texts are read as different steps in {a.rev} and {b.rev}: the grader changed between them",
+                         "dvc repro eval_exact in the older one, with the newer code, makes them comparable")
+
+
+def read_json(path: Path, rev: str) -> Any:
+    """A JSON file of a revision.
+
+    Raises:
+        InputError: it is not there, or is no JSON.
+    """
+    try:
+        return json.loads(read_revision(path, rev))
+    except ValueError as error:
+        raise InputError(f"{path} of '{rev}' is not JSON: {error}", "git checkout brings the committed file back") from None

