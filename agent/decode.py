@@ -15,7 +15,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from agent.encode import Encoded
-from agent.student import read_rows
+from agent.student import read_rows, stack_rows
+from schemas.action import ActionName
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,43 @@ class Turn:
 
     row: int
     start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Conversations that have been read.
+
+    `turns`: their agent turns. `states`: the last hidden state of every turn's prompt, shape (N, H). `cache`: keys and values.
+    """
+
+    turns: list[Turn]
+    states: torch.Tensor
+    cache: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What was decoded for one turn: the text, and the most likely action but `escalate`, None where no action was begun.
+
+    `other` compares the logits of the first token of each name, at the place where the action was written. Names that begin
+    with the same token are told apart by their order in `ActionName`.
+    """
+
+    text: str
+    other: str | None
+
+
+ACTION_OPENING = '"action": "'
+
+
+def read_turns(model: Any, group: Sequence[Encoded]) -> Reading:
+    """Read a group of conversations that share their prefix, each token once for all turns."""
+    prefix = group[0].prefix
+    rows, mask = stack_rows([torch.tensor(encoded.ids[prefix:]) for encoded in group])
+    with torch.inference_mode():
+        hidden, cache = read_rows(model, torch.tensor([group[0].ids[:prefix]]), rows, mask)
+    wanted = turns(group)
+    return Reading(wanted, torch.stack([hidden[turn.row, turn.start - prefix - 1] for turn in wanted]), cache)
 
 
 class _Slab(DynamicLayer):
@@ -129,41 +167,36 @@ class TurnDecoder:
     def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int) -> None:
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self._ends = frozenset(tokenizer.all_special_ids)
+        # The first token of every name but `escalate`: what its encoding has beyond the opening alone.
+        opening = tokenizer(ACTION_OPENING, add_special_tokens=False).input_ids
+        self._others = {name.value: tokenizer(ACTION_OPENING + name, add_special_tokens=False).input_ids[len(opening)]
+                        for name in ActionName if name is not ActionName.ESCALATE}
 
     @torch.inference_mode()
-    def decode(self, group: list[Encoded], *choices: Choice) -> list[list[str]]:
-        """Decode all agent turns of a group of conversations that share their prefix.
+    def decode(self, read: Reading, choice: Choice) -> list[Reply]:
+        """Decode all agent turns side by side from what has been read; what has been read can be decoded from again.
 
         Args:
-            group: the conversations.
-            choices: one for each way of decoding wanted; the conversations are read once for all of them.
+            read: the conversations.
+            choice: how to pick tokens.
 
         Returns:
-            for each way, the texts of all turns in the order of `turns`, without the token that ends a turn.
+            a reply for every turn, in the order of `read.turns`, without the token that ends it.
         """
-        prefix = group[0].prefix
-        length = max(len(encoded.ids) for encoded in group) - prefix
-        rows, mask = torch.zeros(len(group), length, dtype=torch.long), torch.zeros(len(group), length, dtype=torch.long)
-        for i, encoded in enumerate(group):
-            rows[i, :len(encoded.ids) - prefix] = torch.tensor(encoded.ids[prefix:])
-            mask[i, :len(encoded.ids) - prefix] = 1
-        hidden, cache = read_rows(self.model, torch.tensor([group[0].ids[:prefix]]), rows, mask)
-        wanted = turns(group)
-        last = torch.stack([hidden[turn.row, turn.start - prefix - 1] for turn in wanted])
-        logits = self.model.get_output_embeddings()(last).float()
-        return [self._branch(cache, wanted, logits, choice) for choice in choices]
-
-    def _branch(self, read: Any, wanted: list[Turn], logits: torch.Tensor, choice: Choice) -> list[str]:
-        """Decode all turns side by side from what has been read; `logits`, (len(wanted), V), are for their first tokens."""
+        wanted, logits = read.turns, self.model.get_output_embeddings()(read.states).float()
+        others: list[str | None] = [None] * len(wanted)
         count, rows = 1 + max(turn.row for turn in wanted), [turn.row for turn in wanted]
         widest = max(rows.count(row) for row in range(count))
-        cache = Cache(layers=[_Slab(layer.keys, layer.values, widest * self.max_new_tokens) for layer in read.layers])
-        positions = torch.arange(read.get_seq_length())
+        cache = Cache(layers=[_Slab(layer.keys, layer.values, widest * self.max_new_tokens) for layer in read.cache.layers])
+        positions = torch.arange(read.cache.get_seq_length())
         # Which turn each appended position belongs to, column by column; -1 is padding.
         owner = torch.empty(count, 0, dtype=torch.long)
         texts: list[list[int]] = [[] for _ in wanted]
         running = list(range(len(wanted)))
         for step in range(self.max_new_tokens):
+            for turn, row in zip(running, logits, strict=True):
+                if others[turn] is None and self._opens_action(texts[turn]):
+                    others[turn] = max(self._others, key=lambda name: float(row[self._others[name]]))
             tokens = choice.next_tokens(running, logits)
             for turn, token in zip(running, tokens, strict=True):
                 if token not in self._ends:
@@ -184,7 +217,11 @@ class TurnDecoder:
             out = self.model(input_ids=ids, attention_mask=torch.cat([before, own], dim=2)[:, None], position_ids=position_ids,
                              cache=cache, use_cache=True)
             logits = torch.stack([out.logits[place] for place in places]).float()
-        return [self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in texts]
+        return [Reply(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), other) for tokens, other in zip(texts, others, strict=True)]
+
+    def _opens_action(self, tokens: list[int]) -> bool:
+        """Whether the action's name comes next."""
+        return self.tokenizer.decode(tokens[-len(ACTION_OPENING):]).endswith(ACTION_OPENING)
 
 
 def _pack(running: list[int], rows: list[int], count: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:

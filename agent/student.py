@@ -6,6 +6,8 @@ import importlib.util
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,18 +97,56 @@ def load_base(params: StudentParams) -> Any:
     return model
 
 
-def load_student(params: StudentParams, adapter: Path) -> Any:
-    """The base model with its adapter, ready to decode. Unpacked weights take the adapter in; packed ones keep it beside them.
+def load_student(params: StudentParams, adapter: Path) -> tuple[Any, HandoffHead]:
+    """The base model with its adapter, ready to decode, and its hand-off head.
+
+    Unpacked weights take the adapter in; packed ones keep it beside them.
 
     Raises:
         InputError: there is no adapter.
     """
     from peft import PeftModel
 
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"{adapter} holds no adapter", "dvc repro qlora_train, or dvc pull")
+    if not all((adapter / name).is_file() for name in ("adapter_config.json", HandoffHead.FILE)):
+        raise InputError(f"{adapter} holds no adapter with a hand-off head", "dvc repro qlora_train, or dvc pull")
     model = PeftModel.from_pretrained(load_base(params), adapter)
-    return (model.merge_and_unload() if params.unpack_once else model).eval()
+    head = HandoffHead(model.config.get_text_config().hidden_size)
+    head.load(adapter)
+    return (model.merge_and_unload() if params.unpack_once else model).eval(), head.to(model.device)
+
+
+class HandoffHead(torch.nn.Linear):
+    """How likely the agent hands off at this step: a logistic head on the last hidden state of the prompt, before a word is written.
+
+    Trained together with the adapter, its gradient reaching it. After the value head that Kadavath et al. (2022, "Language
+    Models (Mostly) Know What They Know", P(IK)) put on the last token of a question.
+
+    Args:
+        size: of a hidden state, H.
+    """
+
+    FILE = "handoff_head.safetensors"
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, 1)
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Log-odds, shape (N,), from hidden states, (N, H)."""
+        return super().forward(states.to(self.weight.dtype))[:, 0]
+
+    def save(self, folder: Path) -> None:
+        """Write the head beside an adapter."""
+        from safetensors.torch import save_file
+
+        save_file(self.state_dict(), folder / self.FILE)
+
+    def load(self, folder: Path) -> None:
+        """Take the values of a head that was saved."""
+        from safetensors.torch import load_file
+
+        self.load_state_dict(load_file(folder / self.FILE))
 
 
 def _unpack(model: Any) -> None:
@@ -144,6 +184,39 @@ def backbone(model: Any) -> Any:
     return inner.base_model
 
 
+@contextmanager
+def only_layers(model: Any, first: int, last: int) -> Iterator[None]:
+    """Let the model consist of its layers from `first` up to, not including, `last`, for the time of a `with` block.
+
+    What comes out is what enters layer `last`, without the final norm unless that is the end of the model. Layers are
+    numbered from 0 inside the block.
+    """
+    network, config = backbone(model), model.config.get_text_config()
+    layers, norm, kinds = network.layers, network.norm, getattr(config, "layer_types", None)
+    kept = layers[first:last]
+    network.layers, config.num_hidden_layers = kept, len(kept)
+    if kinds:
+        config.layer_types = kinds[first:last]
+    if last < len(layers):
+        network.norm = torch.nn.Identity()
+    _number(kept)
+    try:
+        yield
+    finally:
+        network.layers, network.norm, config.num_hidden_layers = layers, norm, len(layers)
+        if kinds:
+            config.layer_types = kinds
+        _number(layers)
+
+
+def _number(layers: Any) -> None:
+    """Tell every attention module which layer of the cache is its own."""
+    for number, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number
+
+
 def read_rows(model: Any, prefix: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Any]:
     """Run several sequences that begin alike; the common beginning is computed once.
 
@@ -151,8 +224,8 @@ def read_rows(model: Any, prefix: torch.Tensor, rows: torch.Tensor, mask: torch.
 
     Args:
         model: the causal language model.
-        prefix: token ids of the common beginning, shape (1, P); P may be 0.
-        rows: the rest of every sequence, right-padded, shape (B, L).
+        prefix: the common beginning: token ids, shape (1, P), or what enters the first layer, (1, P, H); P may be 0.
+        rows: the rest of every sequence, right-padded: token ids, shape (B, L), or what enters the first layer, (B, L, H).
         mask: 1 for tokens, 0 for padding, shape (B, L).
 
     Returns:
@@ -163,9 +236,20 @@ def read_rows(model: Any, prefix: torch.Tensor, rows: torch.Tensor, mask: torch.
     network, count, length = backbone(model), len(rows), prefix.shape[1]
     cache = DynamicCache(config=model.config)
     if length:
-        network(input_ids=prefix, cache=cache, use_cache=True)
+        network(**_entering(prefix), cache=cache, use_cache=True)
         layers: list[Any] = cache.layers
         for layer in layers:
             layer.keys, layer.values = layer.keys.expand(count, -1, -1, -1), layer.values.expand(count, -1, -1, -1)
     whole = torch.cat([mask.new_ones(count, length), mask], dim=1)
-    return network(input_ids=rows, attention_mask=whole, cache=cache, use_cache=True).last_hidden_state, cache
+    return network(**_entering(rows), attention_mask=whole, cache=cache, use_cache=True).last_hidden_state, cache
+
+
+def _entering(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
+
+
+def stack_rows(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad sequences, (L_i) or (L_i, H) each: the batch, (B, L) or (B, L, H), and its mask, (B, L)."""
+    rows = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    lengths = torch.tensor([len(part) for part in parts])
+    return rows, (torch.arange(rows.shape[1]) < lengths[:, None]).long()

@@ -82,6 +82,20 @@ class Replies(pa.DataFrameModel):
     model: str = pa.Field(isin=["base", "student"])
     decoding: str = pa.Field(isin=["free", "schema"])
     raw: str
+    other: str = pa.Field(nullable=True, isin=_ACTIONS, description="the most likely action but escalate, null where no action was begun")
+    p_escalate: float = pa.Field(ge=0, le=1, description="how likely the model hands off at this turn, before it writes")
+
+    class Config:
+        strict = True
+
+
+class Scores(pa.DataFrameModel):
+    """predict's second table: one row an agent turn of the calibration split."""
+
+    conversation_id: str
+    number: int = pa.Field(ge=0)
+    model: str = pa.Field(isin=["base", "student"])
+    p_escalate: float = pa.Field(ge=0, le=1)
 
     class Config:
         strict = True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agent.encode import Encoded, Encoder
+from schemas.action import ActionName, parse_action
 from schemas.traces import Message, Role
 
 if TYPE_CHECKING:
@@ -37,3 +38,9 @@ def encode_table(table: pl.DataFrame, encoder: Encoder) -> list[tuple[str, str, 
     A company has one of its own; recorded conversations of one company may have begun with different ones.
     """
     return [(c.system, c.name, encoder.conversation(c.system, c.messages)) for c in conversations(table)]
+
+
+def handoffs(table: pl.DataFrame) -> dict[str, list[bool]]:
+    """conversation_id -> which of its agent turns hand off, in order."""
+    return {c.name: [parse_action(message.content).action is ActionName.ESCALATE for message in c.messages if message.role is Role.AGENT]
+            for c in conversations(table)}

@@ -1,7 +1,7 @@
 """Score every reply against the gold step: action accuracy, escalation recall, over-escalation, valid output.
 
-Reads   data/verify/held_out.parquet, data/predict/{base,student}.parquet
-Writes  data/eval_exact/predictions.parquet, metrics/eval_exact.json, metrics/eval_exact_counts.json
+Reads   data/verify/{held_out,calibration}.parquet, data/predict/{base,student}{,_calibration}.parquet
+Writes  data/eval_exact/{predictions,calibration}.parquet, metrics/eval_exact.json, metrics/eval_exact_counts.json
 
 `valid_output` is measured free-running for both models. The other figures are the student's free-running ones and the
 base model's under the JSON schema. A text that is not exactly one valid step is wrong and not a hand-off.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from schemas.action import ActionError, parse_action
 from schemas.errors import InputError
 from schemas.metrics import ExactMetrics
-from schemas.tables import SCORED, Predictions, Replies, Verified
+from schemas.tables import SCORED, Calibration, Predictions, Replies, Scores, Verified
 from stages._rates import clustered_rate, outcomes
 from stages._stage import read_table, run, say, write_metrics, write_table
 
@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     import polars as pl
 
 HELD_OUT = Path("data/verify/held_out.parquet")
+CALIBRATION = Path("data/verify/calibration.parquet")
 BASE_REPLIES = Path("data/predict/base.parquet")
+BASE_CALIBRATION = Path("data/predict/base_calibration.parquet")
 STUDENT_REPLIES = Path("data/predict/student.parquet")
+STUDENT_CALIBRATION = Path("data/predict/student_calibration.parquet")
 PREDICTIONS = Path("data/eval_exact/predictions.parquet")
+SCORES = Path("data/eval_exact/calibration.parquet")
 METRICS = Path("metrics/eval_exact.json")
 COUNTS = Path("metrics/eval_exact_counts.json")
 
@@ -61,8 +65,8 @@ def parse_replies(replies: pl.DataFrame) -> pl.DataFrame:
             reasons.append(step.args.get("reason"))
             faults.append(None)
     return replies.with_columns(pl.Series("action", actions, dtype=pl.String), pl.Series("reason", reasons, dtype=pl.String),
-                                pl.Series("fault", faults, dtype=pl.String), pl.lit(None, pl.Float64).alias("p_escalate"),
-                                pl.lit(None, pl.String).alias("other_action"))
+                                pl.Series("fault", faults, dtype=pl.String)).with_columns(
+        pl.when(pl.col("action") == "escalate").then("other").alias("other_action"))
 
 
 def scored(rows: pl.DataFrame, model: str) -> dict[str, pl.DataFrame]:
@@ -88,6 +92,11 @@ def main() -> None:
         mine = replies.filter((pl.col("model") == model) & (pl.col("decoding") == decoding))
         if missing := len(gold.join(mine, on=["conversation_id", "number"], how="anti")):
             raise InputError(f"{missing} of {len(gold)} agent turns have no {decoding} reply of {model}", f"dvc repro --force predict_{model}")
+    scores = gold_turns(read_table(CALIBRATION, Verified)).join(
+        pl.concat([read_table(BASE_CALIBRATION, Scores), read_table(STUDENT_CALIBRATION, Scores)]), on=["conversation_id", "number"], how="left")
+    if missing := scores["p_escalate"].null_count():
+        raise InputError(f"{missing} calibration turns have no score", "dvc repro --force predict_base predict_student")
+    write_table(SCORES, scores.sort("company", "conversation_id", "index", "model"), Calibration)
     rows = gold.join(replies, on=["conversation_id", "number"], how="inner").sort("company", "conversation_id", "index", "model", "decoding")
     write_table(PREDICTIONS, rows, Predictions)
     counts: dict[str, Any] = {company: {model: score(rows.filter(pl.col("company") == company), model) for model in SCORED}

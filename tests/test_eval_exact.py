@@ -13,7 +13,8 @@ GOLD = table()
 
 def replies(texts, model="student", decoding="free"):
     """`texts`: conversation -> one raw text a turn."""
-    return pl.DataFrame([{"conversation_id": f"teashop/{name}/0", "number": n, "model": model, "decoding": decoding, "raw": raw}
+    return pl.DataFrame([{"conversation_id": f"teashop/{name}/0", "number": n, "model": model, "decoding": decoding, "raw": raw,
+                          "other": "reply", "p_escalate": 0.25}
                          for name, raws in texts.items() for n, raw in enumerate(raws)])
 
 

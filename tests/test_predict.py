@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from agent.decode import Choice, SchemaChoice, TurnDecoder, groups, turns
-from schemas.action import ActionError, action_json_schema, parse_action
+from agent.decode import Choice, SchemaChoice, TurnDecoder, groups, read_turns, turns
+from schemas.action import ActionError, ActionName, action_json_schema, parse_action
 from tests.students import ALL, SYSTEM, base, encoder, tokenizer
 
 NEW = 24
@@ -24,10 +24,13 @@ def encoded():
     return [encoder().conversation(SYSTEM, messages) for messages in ALL.values()]
 
 
+def decode(choice, tokens=NEW):
+    return TurnDecoder(base(), tokenizer(), tokens).decode(read_turns(base(), encoded()), choice)
+
+
 @pytest.fixture(scope="module")
 def decoded():
-    decoder = TurnDecoder(base(), tokenizer(), NEW)
-    return decoder.decode(encoded(), Patient(tokenizer()))[0]
+    return [reply.text for reply in decode(Patient(tokenizer()))]
 
 
 def test_every_agent_turn_is_decoded(decoded):
@@ -46,8 +49,7 @@ def test_batched_decoding_equals_generate_one_by_one(decoded):
 
 
 def test_giving_up_on_prose_changes_no_verdict(decoded):
-    stopped, = TurnDecoder(base(), tokenizer(), NEW).decode(encoded(), Choice(tokenizer()))
-    for long, short in zip(decoded, stopped, strict=True):
+    for long, short in zip(decoded, (reply.text for reply in decode(Choice(tokenizer()))), strict=True):
         assert long.startswith(short)
         if long != short:
             with pytest.raises(ActionError):
@@ -68,11 +70,19 @@ def test_under_the_schema_even_the_base_model_writes_valid_steps():
     import llguidance.hf
     engine = llguidance.hf.from_tokenizer(tokenizer())
     schema = action_json_schema(bounded=True)
-    decoder = TurnDecoder(base(), tokenizer(), 176)
-    free, constrained = decoder.decode(encoded(), Choice(tokenizer()), SchemaChoice(tokenizer(), engine, schema, len(turns(encoded()))))
-    for text in constrained:
-        parse_action(text)
+    read, decoder = read_turns(base(), encoded()), TurnDecoder(base(), tokenizer(), 176)
+    free = decoder.decode(read, Choice(tokenizer()))
+    constrained = decoder.decode(read, SchemaChoice(tokenizer(), engine, schema, len(read.turns)))
+    names = [name for name in ActionName if name != "escalate"]
+    for turn, reply in zip(read.turns, constrained, strict=True):
+        parse_action(reply.text)
+        written = tokenizer()(reply.text.split('"action": "')[0] + '"action": "', add_special_tokens=False).input_ids
+        with torch.inference_mode():
+            logits = base()(torch.tensor([encoded()[turn.row].ids[:turn.start] + written])).logits[0, -1]
+        begins = [tokenizer()('"action": "' + name, add_special_tokens=False).input_ids[4] for name in names]
+        assert reply.other == names[int(logits[begins].argmax())]
     assert free != constrained
+    assert decoder.decode(read, Choice(tokenizer())) == free, "what has been read can be decoded from again"
 
 
 def test_groups_keep_companies_apart_and_lose_nothing():

@@ -13,56 +13,105 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from agent.student import load_base
+from agent.student import HandoffHead, load_base, load_student, only_layers, read_rows
 from schemas.errors import InputError
 from schemas.tables import Oversampled
 from stages._conversations import encode_table
 from stages._stage import write_table
-from stages.qlora_train import adapted, check_encoded, collate, make_batches, supervised_loss
+from stages.qlora_train import Example, Reader, adapted, check_encoded, collate, make_batches, supervised_loss
 from tests.students import ALL, HANDOFF, LONG, SEARCH, STUDENT, SYSTEM, base, encoder, table
 
 ROOT = Path(__file__).parent.parent
 
 
+HANDS_OFF = {"search": [False] * 3, "handoff": [True], "long": [False] * 3}
+
+
 def encode(*names):
-    return [encoder().conversation(SYSTEM, ALL[name]) for name in names]
+    return [Example(SYSTEM, encoder().conversation(SYSTEM, ALL[name]), HANDS_OFF[name]) for name in names]
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     model = get_peft_model(load_base(STUDENT), LoraConfig(r=4, target_modules=adapted(30, 26), task_type="CAUSAL_LM"))
+    model.handoff_head = HandoffHead(576)
+    torch.nn.init.normal_(model.handoff_head.weight, std=0.02)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 
-def gradients(model, batch):
+SHARED, WHOLE = Reader(share=True), Reader(share=False)
+
+
+def gradients(model, batch, handoff_loss=0.0):
     model.zero_grad()
-    supervised_loss(model, batch, 100).backward()
+    supervised_loss(model, batch, 100, handoff_loss).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def test_sharing_the_prefix_gives_the_gradient_of_whole_conversations(model):
     encoded = encode("search", "handoff", "long")
-    shared = gradients(model, collate(encoded, share=True))
-    whole = sum(gradients(model, collate([one], share=False)) for one in encoded)
+    shared = gradients(model, collate(encoded, SHARED))
+    whole = sum(gradients(model, collate([one], WHOLE)) for one in encoded)
     assert torch.linalg.vector_norm(shared - whole) < 1e-4 * torch.linalg.vector_norm(whole)
 
 
 def test_padding_changes_nothing(model):
-    alone = gradients(model, collate(encode("handoff"), share=True))
-    long_alone = gradients(model, collate(encode("long"), share=True))
-    together = gradients(model, collate(encode("handoff", "long"), share=True))
+    alone = gradients(model, collate(encode("handoff"), SHARED))
+    long_alone = gradients(model, collate(encode("long"), SHARED))
+    together = gradients(model, collate(encode("handoff", "long"), SHARED))
     assert torch.linalg.vector_norm(together - alone - long_alone) < 1e-4 * torch.linalg.vector_norm(together)
 
 
+def test_states_computed_once_give_the_gradient_of_reading_from_the_first_token(model):
+    batches = [encode("search", "long"), encode("handoff")]
+    frozen = Reader(share=True)
+    frozen.freeze(model, [*batches, *batches], first=26)
+    for batch in batches:
+        whole = gradients(model, collate(batch, SHARED), handoff_loss=0.5)
+        with only_layers(model, 26, 30):
+            upper = gradients(model, collate(batch, frozen), handoff_loss=0.5)
+        assert torch.linalg.vector_norm(upper - whole) < 1e-4 * torch.linalg.vector_norm(whole)
+
+
+def test_a_model_made_of_some_layers_is_whole_again_afterwards(model):
+    ids = torch.tensor([encode("handoff")[0].encoded.ids])
+    with torch.no_grad():
+        before = read_rows(model, ids[:, :5], ids[:, 5:], torch.ones_like(ids[:, 5:]))[0]
+        with pytest.raises(ZeroDivisionError), only_layers(model, 26, 30):
+            raise ZeroDivisionError
+        with only_layers(model, 0, 26):
+            states, _ = read_rows(model, ids[:, :0], ids, torch.ones_like(ids))
+        with only_layers(model, 26, 30):
+            parted = read_rows(model, states[:, :5], states[:, 5:], torch.ones_like(ids[:, 5:]))[0]
+        after = read_rows(model, ids[:, :5], ids[:, 5:], torch.ones_like(ids[:, 5:]))[0]
+    assert torch.equal(before, after)
+    assert torch.allclose(before, parted, atol=1e-4)
+
+
+def test_the_hand_off_head_reads_the_end_of_every_prompt_and_reaches_the_adapter(model):
+    examples = encode("search", "handoff")
+    batch = collate(examples, SHARED)
+    assert batch["handoffs"].tolist() == [0, 0, 0, 1]
+    cut, ids = examples[0].encoded.prefix, batch["rows"]
+    starts = [(row, start) for row, example in enumerate(examples) for start, _ in example.encoded.spans]
+    assert batch["ends"].tolist() == [[row, start - cut - 1] for row, start in starts]
+    assert all(ids[row, end + 1] == examples[row].encoded.ids[start] for (row, end), (_, start) in zip(batch["ends"].tolist(), starts, strict=True))
+    with_head = gradients(model, batch, handoff_loss=0.5)
+    without = gradients(model, batch)
+    adapter = len(without)
+    assert torch.linalg.vector_norm(with_head[:adapter] - without) > 1e-3 * torch.linalg.vector_norm(without)
+
+
 def test_the_loss_is_the_models_own_loss_on_the_agents_tokens(model):
-    encoded, = encode("search")
+    example, = encode("search")
+    encoded = example.encoded
     ids, labels = torch.tensor([encoded.ids]), torch.tensor([encoded.labels()])
     with torch.no_grad():
-        ours = supervised_loss(model, collate([encoded], share=True), None)
+        ours = supervised_loss(model, collate([example], SHARED), None, 0.0)
         theirs = model(input_ids=ids, labels=labels).loss
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
 
@@ -79,20 +128,20 @@ def test_unpacked_weights_are_the_nf4_values():
 
 
 def test_only_upper_layers_carry_an_adapter(model):
-    layers = {int(name.split("layers.")[1].split(".")[0]) for name, p in model.named_parameters() if p.requires_grad}
+    layers = {int(name.split("layers.")[1].split(".")[0]) for name, p in model.named_parameters() if p.requires_grad and "lora" in name}
     assert layers == {26, 27, 28, 29}
     with pytest.raises(InputError, match="layers 0 to 29"):
         adapted(30, 30)
 
 
 def test_batches_hold_one_company_within_the_budget():
-    rows = [(company, f"{company}/{i}", encoded) for company in ("a", "b") for i in range(7) for encoded in encode("search", "handoff", "long")]
+    rows = [Example(company, example.encoded, example.handoffs)
+            for company in ("a", "b") for _ in range(7) for example in encode("search", "handoff", "long")]
     batches = make_batches(rows, budget=400, seed=1)
-    companies = {id(encoded): company for company, _, encoded in rows}
     assert sum(map(len, batches)) == len(rows)
     for batch in batches:
-        assert len({companies[id(encoded)] for encoded in batch}) == 1
-        prefix, longest = batch[0].prefix, max(len(encoded.ids) for encoded in batch)
+        assert len({example.group for example in batch}) == 1
+        prefix, longest = batch[0].encoded.prefix, max(len(example.encoded.ids) for example in batch)
         assert len(batch) == 1 or prefix + len(batch) * (longest - prefix) <= 400
     assert batches != make_batches(rows, budget=400, seed=2)
 
@@ -139,7 +188,8 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_alike(workspace, tmp_pat
     out, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err
     assert "qlora_train: 12 conversations" in out
-    adapter = load_file(workspace / "models/qlora_train/adapter_model.safetensors")
+    folder = workspace / "models/qlora_train"
+    adapter, head = load_file(folder / "adapter_model.safetensors"), load_file(folder / HandoffHead.FILE)
 
     cache = tmp_path_factory.mktemp("killed")
     victim = start(workspace, cache)
@@ -155,7 +205,11 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_alike(workspace, tmp_pat
     assert again.returncode == 0, err
     resumed = load_file(workspace / "models/qlora_train/adapter_model.safetensors")
     assert all(torch.allclose(adapter[name], resumed[name], atol=1e-5) for name in adapter)
+    assert all(torch.allclose(head[name], value, atol=1e-5) for name, value in load_file(folder / HandoffHead.FILE).items())
+    assert head["weight"].abs().sum() > 0
     assert not list(cache.glob("checkpoints/*")), "checkpoints go once the adapter stands"
 
     loaded = PeftModel.from_pretrained(load_base(STUDENT), workspace / "models/qlora_train")
-    assert any(p.abs().sum() > 0 for name, p in loaded.named_parameters() if "lora_B" in name)
+    trained = {name for name, p in loaded.named_parameters() if "lora_B" in name and p.abs().sum() > 0}
+    assert trained and all(int(name.split("layers.")[1].split(".")[0]) >= 26 for name in trained)
+    assert torch.equal(load_student(STUDENT, folder)[1].weight, load_file(folder / HandoffHead.FILE)["weight"])

@@ -11,7 +11,8 @@ import pytest
 
 from schemas.yardsticks import YardstickScores
 from stages._stage import read_table
-from stages.yardsticks import embed, heard, left_out_auc, logistic, model_folder
+from stages._logistic import left_out_auc, logistic
+from stages.yardsticks import embed, heard, model_folder
 from tests.helpers import agent, customer, inside, tool, verified
 
 TALK = [customer("is it open?"), agent("search_kb", query="hours"), tool("Hours: nine to five."), agent("reply", "Till five."),
