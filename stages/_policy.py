@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 from schemas.errors import InputError
@@ -21,8 +22,8 @@ def scored_rows(predictions: pl.DataFrame) -> pl.DataFrame:
     return predictions.filter(pl.col("decoding") == pl.col("model").replace_strict(SCORED))
 
 
-def checked(frame: pl.DataFrame, name: str, with_score: bool) -> pl.DataFrame:
-    """`frame` as Predictions; one from before hand-off scores gets them as null, or is refused where they are needed.
+def parse_predictions(content: bytes, name: str, with_score: bool) -> pl.DataFrame:
+    """A Parquet file as Predictions; one from before hand-off scores gets them as null, or is refused where they are needed.
 
     Raises:
         InputError: scores are needed and it has none, or it is no such table.
@@ -30,6 +31,10 @@ def checked(frame: pl.DataFrame, name: str, with_score: bool) -> pl.DataFrame:
     import pandera.errors
     import polars as pl
 
+    try:
+        frame = pl.read_parquet(io.BytesIO(content))
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise InputError(f"{name} is not a Predictions table: {str(error).splitlines()[0]}", "dvc repro --force eval_exact") from None
     missing = {SCORE, "other_action"} - set(frame.columns)
     if missing and with_score:
         raise InputError(f"{name} has no {' and no '.join(sorted(missing, reverse=True))}: it was written before there were hand-off scores",

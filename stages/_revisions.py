@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 
 from schemas.errors import InputError
 from schemas.operating import OperatingPoint, Policy
-from stages._policy import checked, scored_rows, tuned
+from stages._policy import parse_predictions, scored_rows, tuned
 
 if TYPE_CHECKING:
     import polars as pl
@@ -97,13 +96,8 @@ def predictions(side: Side) -> pl.DataFrame:
     """
     import polars as pl
 
-    name = f"{PREDICTIONS} of '{side.rev}'"
     content = read_revision(PREDICTIONS, side.rev)
-    try:
-        frame = pl.read_parquet(io.BytesIO(content))
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise InputError(f"{name} is not Parquet: {str(error).splitlines()[0]}", "dvc repro --force eval_exact") from None
-    rows = scored_rows(checked(frame, name, with_score=side.policy is Policy.TUNED))
+    rows = scored_rows(parse_predictions(content, f"{PREDICTIONS} of '{side.rev}'", with_score=side.policy is Policy.TUNED))
     if side.policy is Policy.PLAIN:
         return rows
     return tuned(rows.filter(pl.col("model") == "student"), operating_point(side.rev).threshold)

@@ -20,11 +20,11 @@ from pydantic import BeforeValidator, Field
 
 from schemas.errors import InputError
 from schemas.operating import CalibrateMetrics, OperatingPoint, Rule
-from schemas.tables import SCORED, Calibration, Predictions
+from schemas.tables import SCORED, Calibration
 from schemas.yardsticks import Yardstick, YardstickScores
 from stages._curve_svg import Mark, draw
 from stages._intervals import WANTED, clopper_pearson_upper, cluster_auc, cluster_ratio, turns_needed
-from stages._policy import SCORE, checked, scored_rows, tuned
+from stages._policy import SCORE, parse_predictions, scored_rows, tuned
 from stages._rates import clustered_rate, outcomes, rate
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
 from stages._threshold import Cut, choose, conformal, degenerate, in_words, platt, recalibrated
@@ -63,7 +63,7 @@ class Point:
     bound: dict[str, Any]
 
 
-def fit(calibration: pl.DataFrame, params: CalibrateParams) -> Point:
+def fit(calibration: pl.DataFrame, model: str, params: CalibrateParams) -> Point:
     """The operating point of one model, from its calibration turns and nothing else.
 
     Raises:
@@ -71,8 +71,8 @@ def fit(calibration: pl.DataFrame, params: CalibrateParams) -> Point:
     """
     scores, handoff = calibration[SCORE].to_numpy(), (calibration["gold_action"] == "escalate").to_numpy()
     if handoff.all() or not handoff.any():
-        raise InputError(f"{CALIBRATION} holds {int(handoff.sum())} hand-off turns of {len(handoff)}: a threshold needs turns of both kinds",
-                         "data.scenarios_per_company in params.yaml makes it larger")
+        raise InputError(f"{model} has {int(handoff.sum())} hand-off turns among {len(handoff)} calibration turns: a threshold needs both kinds",
+                         f"dvc repro eval_exact writes {CALIBRATION}; data.scenarios_per_company in params.yaml makes it larger")
     cut = choose(scores, handoff, params.rule, params.cost_missed, params.cost_needless, params.max_over_escalation)
     return Point(cut, *platt(scores, handoff), conformal(scores, handoff, params.conformal_miss_rate))
 
@@ -151,12 +151,12 @@ def measured(rows: pl.DataFrame, point: Point, params: CalibrateParams, with_pla
 
 def worst(by_company: dict[str, dict[str, Any]], model: str) -> dict[str, Any]:
     """The company with the lowest recall at the threshold, and the one with the highest over-escalation."""
-    def share(company: str, name: str) -> float:
+    def share(company: str, name: str, without_turns: float) -> float:
         found = by_company[company][model]["at_threshold"][name]
-        return found["k"] / found["n"] if found["n"] else float("nan")
+        return found["k"] / found["n"] if found["n"] else without_turns
 
-    lowest = min(by_company, key=lambda company: share(company, "escalate_recall"))
-    highest = max(by_company, key=lambda company: share(company, "over_escalation"))
+    lowest = min(by_company, key=lambda company: share(company, "escalate_recall", 2.0))
+    highest = max(by_company, key=lambda company: share(company, "over_escalation", -1.0))
     return {"escalate_recall": {"company": lowest, **by_company[lowest][model]["at_threshold"]["escalate_recall"]},
             "over_escalation": {"company": highest, **by_company[highest][model]["at_threshold"]["over_escalation"]}}
 
@@ -231,12 +231,12 @@ def main() -> None:
 
     params = load_params("calibrate", CalibrateParams)
     if not PREDICTIONS.is_file():
-        read_table(PREDICTIONS, Predictions)
-    predictions = scored_rows(checked(pl.read_parquet(PREDICTIONS), str(PREDICTIONS), with_score=True))
+        raise InputError(f"{PREDICTIONS} does not exist", "run the stage that writes it: dvc repro eval_exact")
+    predictions = scored_rows(parse_predictions(PREDICTIONS.read_bytes(), str(PREDICTIONS), with_score=True))
     own, yardsticks = read_table(CALIBRATION, Calibration), read_table(YARDSTICKS, YardstickScores)
     columns = ["company", "conversation_id", "index", "model", "gold_action", SCORE]
     calibration = pl.concat([own.select(columns), yardsticks.filter(pl.col("split") == "calibration").select(columns)])
-    points = {model: fit(calibration.filter(pl.col("model") == model), params) for model in (*SCORED, *Yardstick)}
+    points = {model: fit(calibration.filter(pl.col("model") == model), model, params) for model in (*SCORED, *Yardstick)}
 
     held_out = {model: predictions.filter(pl.col("model") == model) for model in SCORED}
     for name in Yardstick:

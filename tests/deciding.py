@@ -1,12 +1,19 @@
 """Small tables with hand-off scores, for the tests of thresholds, comparisons and the gate."""
 
+import contextlib
+import importlib
+import io
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
+import pytest
 import yaml
 
-from tests.helpers import PARAMS
+from stages._stage import run
+from tests.helpers import PARAMS, inside
 
 COMPANIES = ("north", "south")
 
@@ -87,3 +94,15 @@ def put_counts(folder, rows, judge="simulator", unscored=0, acceptable=1.0, vali
               for company, count in n.items()}
     (folder / "metrics/eval_exact_counts.json").write_text(json.dumps(exact))
     (folder / "metrics/eval_judge_counts.json").write_text(json.dumps({"judge": judge, **judged}))
+
+
+def command(folder, module, *arguments):
+    """What `python -m stages.MODULE ARGUMENTS` in a folder leaves: returncode, stdout, stderr; in this process, since starting one takes seconds."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with inside(folder), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [module, *arguments])
+        try:
+            run(importlib.import_module(f"stages.{module}").main)
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())

@@ -232,6 +232,8 @@ def test_predictions_without_a_score_are_told_apart_from_others(work):
     put(work, PREDICTIONS, predictions().drop("p_escalate"))
     error, hint = refused(work, "calibrate")
     assert f"{PREDICTIONS} has no p_escalate: it was written before there were hand-off scores" in error and "dvc repro eval_exact" in hint
+    (work / PREDICTIONS).write_bytes(b"no parquet")
+    assert f"{PREDICTIONS} is not a Predictions table" in refused(work, "calibrate")[0]
     put(work, PREDICTIONS, predictions())
     assert "has no p_escalate in 1 of 1 rows of student" in refused(work, "calibrate")[0]
     put(work, PREDICTIONS, predictions().with_columns(p_escalate=pl.lit(0.1)))

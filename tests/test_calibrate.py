@@ -1,8 +1,6 @@
 """The operating point comes from the calibration turns alone, follows its rule, and is measured as it will act."""
 
 import json
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -12,16 +10,15 @@ import pytest
 from schemas.operating import OperatingPoint, Rule
 from stages._policy import tuned
 from stages._threshold import choose, conformal, cuts, degenerate, in_words, platt, recalibrated
-from tests.deciding import calibration, lay_out, predictions, turns, with_action
-from tests.helpers import PARAMS, inside
+from tests.deciding import calibration, command, lay_out, predictions, turns, with_action
+from tests.helpers import PARAMS
 
 SCORES = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05])
 HANDOFF = np.array([1, 1, 0, 1, 0, 0, 0, 0, 0, 0], dtype=bool)
 
 
 def calibrate(folder):
-    with inside(folder):
-        return subprocess.run([sys.executable, "-m", "stages.calibrate"], capture_output=True, text=True, check=False)
+    return command(folder, "calibrate")
 
 
 def chosen(rule, missed=60.0, needless=5.0, most=0.05, scores=SCORES, handoff=HANDOFF):
@@ -177,11 +174,12 @@ def test_the_conformal_threshold_misses_as_rarely_as_it_says():
     assert 0.07 < np.mean(missed) < 0.1 + 3 * (0.09 / 2000) ** 0.5
 
 
-@pytest.mark.parametrize("n, rate, given", [(8, 0.1, False), (9, 0.1, True), (18, 0.05, False), (19, 0.05, True), (98, 0.01, False), (99, 0.01, True)])
+@pytest.mark.parametrize("n, rate, given", [
+    (8, 0.1, False), (9, 0.1, True), (18, 0.05, False), (19, 0.05, True), (98, 0.01, False), (99, 0.01, True)])
 def test_a_bound_is_refused_with_the_number_it_takes(n, rate, given):
     bound = conformal(np.linspace(0.1, 0.9, n), np.ones(n, dtype=bool), rate)
     assert (bound["threshold"] is not None) == given and bound["needed_handoff_turns"] == round(1 / rate) - 1
-    assert given or f"{n} hand-off turns are too few" in bound["refused"] and f"takes {round(1 / rate) - 1} or more" in bound["refused"]
+    assert given or (f"{n} hand-off turns are too few" in bound["refused"] and f"takes {round(1 / rate) - 1} or more" in bound["refused"])
     assert "exchangeable" in bound["note"]
 
 
@@ -195,7 +193,7 @@ def test_too_few_positives_refuse_the_bound_but_not_the_stage(tmp_path):
 def test_calibration_turns_of_one_kind_are_refused(tmp_path):
     lay_out(tmp_path, calibrated=calibration().with_columns(gold_action=pl.lit("reply")))
     done = calibrate(tmp_path)
-    assert done.returncode == 1 and "a threshold needs turns of both kinds" in done.stderr and not (tmp_path / "models").exists()
+    assert done.returncode == 1 and "a threshold needs both kinds" in done.stderr and not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize("rule", list(Rule))

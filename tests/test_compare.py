@@ -2,16 +2,15 @@
 
 import json
 import subprocess
-import sys
 
 import polars as pl
 import pytest
+import yaml
 
 from schemas.operating import OperatingPoint
 from stages._paired import compare_pairs
-from tests.deciding import lay_out, predictions, put_counts, turns, with_action
+from tests.deciding import command, lay_out, predictions, put_counts, turns, with_action
 from tests.helpers import inside
-
 
 
 def sh(folder, *command):
@@ -22,8 +21,7 @@ def sh(folder, *command):
 
 
 def compare(folder, *arguments):
-    with inside(folder):
-        return subprocess.run([sys.executable, "-m", "stages.compare", *arguments], capture_output=True, text=True, check=False)
+    return command(folder, "compare", *arguments)
 
 
 def rows_of(folder, *arguments):
@@ -72,7 +70,7 @@ def repository(tmp_path_factory):
     commit(folder, "v1")
     for tag, rows, good in (("v2", predictions(), pl.col("gold_action") == "reply"), ("v2.1", late(predictions()), pl.lit(True))):
         lay_out(folder, rows)
-        sh(folder, sys.executable, "-m", "stages.calibrate")
+        assert command(folder, "calibrate").returncode == 0
         judgements(rows, good).write_parquet(folder / "data/eval_judge/judgements.parquet")
         sh(folder, "dvc", "add", "-q", "data/eval_judge/judgements.parquet")
         commit(folder, tag)
@@ -162,7 +160,8 @@ def test_other_conversations_around_the_same_turns_are_refused(repository, tmp_p
     sh(folder, "git", "config", "user.email", "somebody@example.com")
     sh(folder, "git", "config", "user.name", "somebody")
     for md5 in ("a" * 32, "b" * 32):
-        (folder / "dvc.lock").write_text(f"schema: '2.0'\nstages: {{eval_exact: {{cmd: x, deps: [{{path: data/verify/held_out.parquet, md5: {md5}}}]}}}}\n")
+        stage = {"cmd": "x", "deps": [{"path": "data/verify/held_out.parquet", "md5": md5}]}
+        (folder / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"eval_exact": stage}}))
         sh(folder, "git", "add", "dvc.lock")
         sh(folder, "git", "commit", "-qm", md5)
     assert "other conversations around them" in refused(folder, "HEAD~1", "HEAD")[0]

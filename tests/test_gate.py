@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import numpy as np
 import polars as pl
@@ -10,29 +9,24 @@ import pytest
 
 from stages._intervals import wilson
 from stages.gate import CANNOT_TELL, FAIL, PASS, limit_rule, more_turns
-from tests.deciding import lay_out, predictions, put_counts, turns, with_action
+from tests.deciding import command, lay_out, predictions, put_counts, turns, with_action
 from tests.helpers import inside
 
 LENIENT = {"min_recall": 0.5, "max_over_escalation": 0.1, "max_cost_increase": 0.25, "min_valid_output": 0.95, "max_unscored": 0.05}
 MANY = turns(conversations=200)
 
 
-def run(folder, module, *arguments):
-    with inside(folder):
-        return subprocess.run([sys.executable, "-m", f"stages.{module}", *arguments], capture_output=True, text=True, check=False)
-
-
 def calibrated(folder, rows, **counts):
     lay_out(folder, rows, gate=LENIENT)
     put_counts(folder, rows, **counts)
-    done = run(folder, "calibrate")
+    done = command(folder, "calibrate")
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def gate(folder, *arguments):
     """Exit code, and verdict by the first word of the rule."""
-    done = run(folder, "gate", *arguments, "--format", "json")
+    done = command(folder, "gate", *arguments, "--format", "json")
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     assert (done.returncode == 0) == found["passed"]
@@ -54,7 +48,7 @@ def test_a_good_student_passes_though_plain_it_never_hands_off(good):
     code, rules = gate(good)
     assert code == 0 and rules["escalate_recall"]["verdict"] == "pass" and rules["escalate_recall"]["plain"] == "0.0 % (0/100)"
     assert rules["expected"]["verdict"] == "skipped" and "--base" in rules["expected"]["why"]
-    table = run(good, "gate")
+    table = command(good, "gate")
     assert table.returncode == 0 and "at the threshold" in table.stdout and "without" in table.stdout and "The gate passes." in table.stdout
 
 
@@ -162,10 +156,10 @@ def test_a_dearer_student_fails_against_its_base(history, tmp_path):
 def test_figures_that_are_not_of_the_predictions_beside_them_are_refused(tmp_path):
     calibrated(tmp_path, predictions(MANY, strength=4.0))
     predictions(MANY, strength=0.1).write_parquet(tmp_path / "data/eval_exact/predictions.parquet")
-    done = run(tmp_path, "gate")
+    done = command(tmp_path, "gate")
     assert done.returncode == 1 and "predictions and threshold say" in done.stderr and "hint: dvc repro calibrate" in done.stderr
 
 
 def test_an_unknown_base_is_one_sentence(history):
-    done = run(history, "gate", "--base", "nowhere")
+    done = command(history, "gate", "--base", "nowhere")
     assert done.returncode == 1 and "no revision 'nowhere'" in done.stderr and "Traceback" not in done.stderr
