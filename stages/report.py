@@ -72,7 +72,8 @@ def read_metrics(path: Path, model: type[BaseModel] | None = None, text: bytes |
         if model:
             model.model_validate(content)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}", f"git checkout {path}, or dvc repro, brings it back") from None
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}",
+                         f"git checkout {path}, or dvc repro, brings it back") from None
     return content
 
 
@@ -196,7 +197,8 @@ def main() -> None:
     conversations = viewer.conversations(held_out, rejected, viewer.predicted(predictions, judgements, compared))
     played = {"teacher": generated["teacher"], "customer": generated["customer"], "judge": judged["judge"]}
     write_page(render(scores | {
-        "results": results(counts, before), "compare_with": params.compare_with, "confusion": {model: confusion(predictions, model) for model in SCORED},
+        "results": results(counts, before), "compare_with": params.compare_with,
+        "confusion": {model: confusion(predictions, model) for model in SCORED},
         "reasons": reasons(predictions), "verified": verified, "most_rejected": max(verified["reasons"].values()), "trained": trained,
         "training": figures.training(TRAINING / LOSS, trained["steps"]), "generated": generated, "played": played, "companies": list(exact),
         "simulated": [role for role, name in played.items() if name == "simulator"],

@@ -49,4 +49,12 @@ def stage_code(module: str) -> set[str]:
     files = import_tree(Path("stages", f"{module}.py"))
     if role := SIMULATED.get(module):
         files |= import_tree(Path("simulator/__main__.py")) | import_tree(Path("simulator", f"{role}.py"))
-    return {file.as_posix() for file in files}
+    return {file.as_posix() for file in files} | templates(module)
+
+
+def templates(module: str) -> set[str]:
+    """The files in `stages/_<module>/` that are no Python and that the stage names."""
+    folder = Path("stages", f"_{module}")
+    named = {node.value for node in ast.walk(ast.parse((ROOT / "stages" / f"{module}.py").read_text(encoding="utf-8")))
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("*.*") if path.suffix != ".py" and path.name in named}

@@ -27,12 +27,12 @@ def share(counted: dict[str, Any]) -> float:
     return counted["k"] / counted["n"] if counted["n"] else 0.0
 
 
-def read_columns(path: Path, *columns: str) -> list[tuple[float, ...]]:
-    """Columns of a table with a header line, tab- or comma-separated by its name; nothing where the file is missing."""
+def read_columns(path: Path, first: str, second: str) -> list[tuple[float, float]]:
+    """Two columns of a table with a header line, tab- or comma-separated by its name; nothing where the file is missing."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as lines:
-        return [tuple(float(row[name]) for name in columns) for row in csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")]
+        return [(float(row[first]), float(row[second])) for row in csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")]
 
 
 def bag_of_words(corpus: dict[str, Any], company: str | None = None) -> Curve:
@@ -104,8 +104,8 @@ def operating(title: str, rates: dict[str, Any], chosen: dict[str, Any] | None, 
     if chosen:
         series.append(charts.Series("chosen", "student at the threshold", points=[_stand("student", chosen, "at the threshold")]))
         told.append(_told("at the threshold the student", chosen))
-    svg = charts.chart(f"Hand-offs found against needless ones, {title}", "; ".join(told), charts.shares(highest, "needless hand-offs (over-escalation)"),
-                       charts.shares(1, "hand-offs found (recall)"), series)
+    svg = charts.chart(f"Hand-offs found against needless ones, {title}", "; ".join(told),
+                       charts.shares(highest, "needless hand-offs (over-escalation)"), charts.shares(1, "hand-offs found (recall)"), series)
     return {"title": title, "told": told, "svg": svg}
 
 
@@ -126,7 +126,7 @@ def training(path: Path, steps: int) -> dict[str, Any] | None:
         path: the loss, one row a logged value, each the mean since the one before.
         steps: optimiser steps taken in all, logged at equal distances.
     """
-    losses = [loss for (loss,) in read_columns(path, "loss")]
+    losses = [loss for _, loss in read_columns(path, "step", "loss")]
     if len(losses) < 2:
         return None
     every = max(1, steps // len(losses))

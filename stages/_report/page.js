@@ -119,7 +119,7 @@
     return true;
   }
 
-  // The list, built as far as it is looked at; one stop for the Tab key, arrow keys inside.
+  // The list, built as far as it is looked at, anew whenever a filter changes; one stop for the Tab key, arrow keys inside.
   function summary(one) {
     if (one.set === "rejected") return `rejected: ${one.reason}`;
     const handoff = one.messages.find((m) => m.a === "escalate");
@@ -153,7 +153,6 @@
     link.scrollIntoView({ block: "nearest" });
     if (focus) link.focus();
   }
-  // Links in the list hold the filters of the time at which they were made; they are made anew whenever a filter changes.
   const position = () => shown.indexOf(current);
   function step(by) {
     const at = Math.min(Math.max(current && position() >= 0 ? position() + by : 0, 0), shown.length - 1);
@@ -174,13 +173,14 @@
   }
   function score(one) {
     if (one.e == null) return null;
-    const limit = data.threshold;
+    const limit = one.w === "student" ? data.threshold : null;
+    const done = limit == null ? null : one.e >= limit ? "handed off" : one.o || (one.a === "escalate" ? "no valid step" : null);
     const told = `P(escalate) ${one.e.toFixed(2)}` + (limit == null ? "" : `, threshold ${limit.toFixed(2)}`);
     return h("div", { class: "score" },
       h("svg", { viewBox: "0 0 100 12", preserveAspectRatio: "none", role: "img", "aria-label": told },
         h("rect", { class: "track", x: 0, y: 2, width: 100, height: 8 }), h("rect", { class: "value", x: 0, y: 2, width: 100 * one.e, height: 8 }),
         limit != null && h("line", { class: "threshold", x1: 100 * limit, x2: 100 * limit, y1: 0, y2: 12 })),
-      h("span", null, told), limit != null && one.o && one.e < limit && h("span", null, `below it, so: ${one.o}`));
+      h("span", null, told), done && h("span", { class: "done" }, `under the threshold’s rule: ${done}`));
   }
   function card(name, title, one, gold, extra) {
     const action = one.a || "invalid";

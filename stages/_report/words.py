@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from schemas.traces import RejectReason
-
 MODELS = {"base": "base model", "student": "student", "compared": "student before"}
 SCORERS = {"base": "base model", "student": "student", "bag_of_words": "bag of words", "embedding": "sentence embedding"}
 RATES = {
@@ -16,22 +14,23 @@ RATES = {
 """Rate -> its name on the page, and what it counts. Recall stands beside over-escalation: neither means anything alone."""
 
 REJECTIONS = {
-    RejectReason.NOT_ONE_JSON_OBJECT: "a step is not exactly one JSON object",
-    RejectReason.UNKNOWN_ACTION: "a step names an action that does not exist",
-    RejectReason.BAD_ARGS: "arguments do not fit the action",
-    RejectReason.BAD_MESSAGE: "a message is missing, or stands where none belongs",
-    RejectReason.TOOL_RESULT_MISSING: "a tool call has no result",
-    RejectReason.UNFINISHED: "somebody speaks out of turn, or the last word is not the agent's",
-    RejectReason.AFTER_ESCALATE: "something follows the hand-off",
-    RejectReason.UNKNOWN_TICKET: "an update names a ticket that does not exist",
-    RejectReason.UNSUPPORTED_FACT: "a message states a fact that nobody gave the agent",
-    RejectReason.REPEATED_SEARCH: "the same search twice",
-    RejectReason.TOO_LONG: "too many steps, or too long a message",
-    RejectReason.HANDOFF_NEEDLESS: "handed off where the agent should have gone on",
-    RejectReason.HANDOFF_MISSED: "never handed off where it should have",
-    RejectReason.HANDOFF_LATE: "handed off after the deciding fact was known",
-    RejectReason.HANDOFF_WRONG_REASON: "handed off for another reason",
-    RejectReason.DUPLICATE: "the same conversation was kept before",
-    RejectReason.HELD_OUT_TEXT: "a line of it stands in a held-out company",
-    RejectReason.INFRASTRUCTURE: "the endpoint gave up",
+    "not_one_json_object": "a step is not exactly one JSON object",
+    "unknown_action": "a step names an action that does not exist",
+    "bad_args": "arguments do not fit the action",
+    "bad_message": "a message is missing, or stands where none belongs",
+    "tool_result_missing": "a tool call has no result",
+    "unfinished": "somebody speaks out of turn, or the last word is not the agent's",
+    "after_escalate": "something follows the hand-off",
+    "unknown_ticket": "an update names a ticket that does not exist",
+    "unsupported_fact": "a message states a fact that nobody gave the agent",
+    "repeated_search": "the same search twice",
+    "too_long": "too many steps, or too long a message",
+    "handoff_needless": "handed off where the agent should have gone on",
+    "handoff_missed": "never handed off where it should have",
+    "handoff_late": "handed off after the deciding fact was known",
+    "handoff_wrong_reason": "handed off for another reason",
+    "duplicate": "the same conversation was kept before",
+    "held_out_text": "a line of it stands in a held-out company",
+    "infrastructure": "the endpoint gave up",
 }
+"""Every RejectReason, in words."""
