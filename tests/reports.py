@@ -38,8 +38,10 @@ def predictions_table(held_out):
     search = agent("search_kb", query="hand over?").content
     student = [text[:40] if number % 10 == 9 else search if action == "escalate" else text
                for number, (text, action) in enumerate(zip(steps, gold["gold_action"], strict=True))]
-    raws = {("base", "free"): ["It is so."] * len(gold), ("base", "schema"): [agent("reply", "It is so.").content] * len(gold), ("student", "free"): student}
-    rows = pl.concat([gold.with_columns(model=pl.lit(model), decoding=pl.lit(decoding), raw=pl.Series(raw)) for (model, decoding), raw in raws.items()])
+    reply = agent("reply", "It is so.").content
+    raws = {("base", "free"): ["It is so."] * len(gold), ("base", "schema"): [reply] * len(gold), ("student", "free"): student}
+    rows = pl.concat([gold.with_columns(model=pl.lit(model), decoding=pl.lit(decoding), raw=pl.Series(raw))
+                      for (model, decoding), raw in raws.items()])
     score = pl.when(pl.col("gold_action") == "escalate").then(0.6).otherwise(0.2)
     rows = parse_replies(rows).with_columns(p_escalate=score, other_action=pl.lit(None, pl.String))
     return rows.sort("company", "conversation_id", "index", "model", "decoding")

@@ -20,7 +20,7 @@ from stages._report import charts, figures, viewer, words
 from stages.report import AWAITED, REPORT, main
 from tests.helpers import inside
 from tests.layout import ROOT
-from tests.reports import HOSTILE, report_inputs, rejected_table, write
+from tests.reports import HOSTILE, rejected_table, report_inputs, write
 from tests.test_bad_input import run
 
 
@@ -109,8 +109,8 @@ def test_every_message_comes_back_from_the_embedded_data(folder, data):
     for (name, index, message), (wanted_name, wanted_index, role, content) in zip(rows, wanted, strict=True):
         assert (name, index) == (wanted_name, wanted_index)
         if role == "agent":
-            shown = message["x"] if "x" in message else make_action(message.get("h", ""), message["a"], message.get("g", {}), message.get("m", "")).to_json()
-            assert shown == content
+            fields = message.get("h", ""), message.get("a"), message.get("g", {}), message.get("m", "")
+            assert (message["x"] if "x" in message else make_action(*fields).to_json()) == content
         else:
             assert message == {role[0]: content}
 
@@ -254,14 +254,15 @@ def test_scores_are_embedded_where_the_predictions_have_them(folder):
     assert all((reply["e"], reply["o"]) == (0.1235, "reply") for replies in viewer.predicted(scored, judged, None).values() for reply in replies)
 
 
+COMMIT = "git -c user.name=t -c user.email=t@localhost commit -qm"
+
+
 @pytest.fixture
 def repository(tmp_path):
     """A repository whose last commit holds what the report compares with."""
     folder = report_inputs(tmp_path, compare_with="v1")
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost"]
-    for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["git", "add", "-f", "metrics", "data/eval_exact", ".dvc"], [*git, "commit", "-qm", "v1"],
-                    ["git", "tag", "v1"]):
-        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+    for command in ("git init -q", "dvc init -q", "git add -f metrics data/eval_exact .dvc", f"{COMMIT} v1", "git tag v1"):
+        subprocess.run(command.split(), cwd=folder, capture_output=True, check=True)
     return folder
 
 
@@ -272,8 +273,12 @@ def test_a_revision_stands_beside_the_student_of_today(repository):
     with inside(repository):
         main()
     html = (repository / REPORT).read_text(encoding="utf-8")
-    replies = {reply["w"]: reply for reply in json.loads(Page(html).inside("script", id="data"))["conversations"][1]["messages"][1]["p"]}
-    assert replies["student"]["x"] == "nothing" and replies["compared"]["a"] == replies["student"].get("a", replies["compared"]["a"])
+    before = predictions.filter(model="student")
+    for conversation in json.loads(Page(html).inside("script", id="data"))["conversations"][:20]:
+        for index, message in enumerate(conversation["messages"]):
+            if replies := {reply["w"]: reply for reply in message.get("p", [])}:
+                (action,) = before.filter(conversation_id=conversation["id"], index=index)["action"]
+                assert replies["student"]["x"] == "nothing" and replies["compared"].get("a") == action
     assert "is the student of revision <code>v1</code>" in html and html.count("student before</th>") == 3
 
 
@@ -283,15 +288,16 @@ def test_a_revision_that_cannot_be_read_is_one_sentence(repository, spoil):
     if spoil == "revision":
         params.write_text(params.read_text().replace("compare_with: v1", "compare_with: nowhere"))
     else:
-        subprocess.run("git rm -q --cached metrics/eval_exact_counts.json && git -c user.name=t -c user.email=t@localhost commit -qm x && git tag -f v1",
-                       shell=True, cwd=repository, capture_output=True, check=True)
+        for command in ("git rm -q --cached metrics/eval_exact_counts.json", f"{COMMIT} v2", "git tag -f v1"):
+            subprocess.run(command.split(), cwd=repository, capture_output=True, check=True)
     done = run(repository, "report")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: report.compare_with: revision '") and "\nhint: " in done.stderr and not (repository / REPORT).exists()
 
 
 @pytest.mark.parametrize("name, content", [
-    ("verify", None), ("verify", "{"), ("verify", "{}"), ("corpus", "no"), ("eval_exact_counts", "{}"), ("eval_exact_counts", '{"travel": {"student": {}}}'),
+    ("verify", None), ("verify", "{"), ("verify", "{}"), ("corpus", "no"), ("eval_exact_counts", "{}"),
+    ("eval_exact_counts", '{"travel": {"student": {}}}'),
     ("eval_judge_counts", '{"travel": {}}'), ("teacher_gen", "[]")])
 def test_a_metrics_file_that_is_none_is_named(tmp_path, name, content):
     folder = report_inputs(tmp_path)
