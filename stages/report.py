@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import io
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +54,7 @@ LOSS = "plots/metrics/loss.tsv"
 
 TEMPLATES = Path(__file__).with_name("_report")
 PAGE, STYLE, SCRIPT = "page.html", "page.css", "page.js"
+GATE = "stages.gate"
 AWAITED = {"calibrated": Path("metrics/calibrate_detail.json"), "curves": Path("metrics/calibrate"), "point": Path("models/operating_point.json")}
 """What the page shows as soon as it is there. No stage of dvc.yaml writes it yet, so none of it can be declared there."""
 
@@ -163,7 +167,21 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def score_figures(counts: dict[str, Any], corpus: dict[str, Any], slice_of: int) -> dict[str, Any]:
+def gate(base: str | None) -> dict[str, Any] | None:
+    """What the gate says, {passed, rules} or {error}; None where there is no gate.
+
+    A command of its own and not an import: what it refuses is a sentence on this page, and nothing that stops the page.
+    """
+    if importlib.util.find_spec(GATE) is None:
+        return None
+    done = subprocess.run([sys.executable, "-m", GATE, "--format", "json", *(["--base", base] if base else [])],
+                          capture_output=True, encoding="utf-8", check=False)
+    if done.stdout:
+        return json.loads(done.stdout)
+    return {"error": done.stderr.strip().partition("\n")[0].removeprefix("error: ")}
+
+
+def score_figures(counts: dict[str, Any], corpus: dict[str, Any], judged: dict[str, Any] | None, slice_of: int) -> dict[str, Any]:
     """What there is about hand-offs and their score: the answer, the charts, and the parts that calibration adds."""
     found, point = awaited("calibrated"), awaited("point")
     chosen = {name: models["student"]["at_threshold"] for name, models in found["held_out"].items()} if found else {}
@@ -173,8 +191,8 @@ def score_figures(counts: dict[str, Any], corpus: dict[str, Any], slice_of: int)
     everything = {model: {name: pooled(counts, model, name) for name in words.RATES} for model in SCORED}
     at = chosen.get("pooled") or everything["student"]
     return {
-        "verdict": figures.verdict(at["escalate_recall"], at["over_escalation"], curves["bag_of_words"], slice_of), "point": point,
-        "curve_known": bool(found), "calibrated": found,
+        "verdict": figures.verdict(at["escalate_recall"], at["over_escalation"], curves["bag_of_words"], (judged or {}).get("passed"), slice_of),
+        "gate": judged, "point": point, "calibrated": found,
         "operating": [figures.operating("all held-out companies", everything, chosen.get("pooled"), curves), *(
             figures.operating(company, models, chosen.get(company), {"bag_of_words": figures.bag_of_words(corpus, company)})
             for company, models in counts.items())],
@@ -193,7 +211,7 @@ def main() -> None:
     exact, judged = read_metrics(EXACT, ExactCounts), read_metrics(JUDGED, JudgeCounts)
     before, compared = read_revision(params.compare_with) if params.compare_with else (None, None)
     counts = with_judge(exact, judged)
-    scores = score_figures(counts, corpus, generated["scenarios_per_company"])
+    scores = score_figures(counts, corpus, gate(params.compare_with), generated["scenarios_per_company"])
     conversations = viewer.conversations(held_out, rejected, viewer.predicted(predictions, judgements, compared))
     played = {"teacher": generated["teacher"], "customer": generated["customer"], "judge": judged["judge"]}
     write_page(render(scores | {

@@ -76,9 +76,10 @@ def write(folder, name, frame, schema):
 
 
 def report_inputs(folder, copies=1, **report):
-    """Make `folder` one in which the report runs: its parameters, the committed metrics, `copies` of every held-out conversation."""
+    """Make `folder` one in which the report runs: its parameters, the committed metrics but those of calibrate, `copies` of every held-out
+    conversation."""
     workspace(folder, report=report)
-    shutil.copytree(ROOT / "metrics", folder / "metrics")
+    shutil.copytree(ROOT / "metrics", folder / "metrics", ignore=shutil.ignore_patterns("calibrate*"))
     held_out, predictions = tables(copies)
     write(folder, "data/verify/held_out.parquet", held_out, Verified)
     write(folder, "data/verify/rejected.parquet", rejected_table(), Rejected)

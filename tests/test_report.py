@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -13,11 +14,12 @@ import polars as pl
 import pytest
 
 from schemas.action import make_action
+from schemas.metrics import TeacherGenMetrics
 from schemas.tables import Predictions
 from schemas.traces import RejectReason
 from stages._rates import rate
 from stages._report import charts, figures, viewer, words
-from stages.report import AWAITED, REPORT, main
+from stages.report import AWAITED, GATE, REPORT, main
 from tests.helpers import inside
 from tests.layout import ROOT
 from tests.reports import HOSTILE, rejected_table, report_inputs, write
@@ -159,26 +161,30 @@ def test_every_rate_stands_with_its_count_and_interval(html):
 def test_the_first_screen_says_what_the_committed_figures_say(html):
     counts = metrics("eval_exact_counts")
     found, needless = (figures.pooled(counts, "student", name) for name in ("escalate_recall", "over_escalation"))
-    told = figures.verdict(found, needless, figures.bag_of_words(metrics("corpus")), 0)
+    told = figures.verdict(found, needless, figures.bag_of_words(metrics("corpus")), None, 0)
     assert f'<h1 id="answer">{told["answer"]}: {told["title"]}.</h1>' in html
     assert "Teacher, customer and judge were simulators" in html
 
 
-@pytest.mark.parametrize("found, needless, answer", [
-    ((0, 124), (0, 709), "No: the student never hands off where it should"),
-    ((8, 124), (26, 709), "No: the student hands off worse than a bag of words"),
-    ((30, 124), (36, 709), "Not decided: no gate has judged this student"),
-    ((120, 124), (5, 709), "Not decided: no gate has judged this student"),
-    ((1, 124), (0, 709), "Not decided: no gate has judged this student"),
+@pytest.mark.parametrize("found, needless, passed, answer", [
+    ((0, 124), (0, 709), None, "No: the student never hands off where it should"),
+    ((8, 124), (26, 709), None, "No: the student hands off worse than a bag of words"),
+    ((8, 124), (26, 709), False, "No: the student hands off worse than a bag of words"),
+    ((8, 124), (26, 709), True, "Yes: the gate lets this student through, though it hands off worse than a bag of words"),
+    ((30, 124), (36, 709), None, "Not decided: no gate has judged this student"),
+    ((30, 124), (36, 709), False, "No: the gate does not let this student through"),
+    ((120, 124), (5, 709), None, "Not decided: no gate has judged this student"),
+    ((120, 124), (5, 709), True, "Yes: the gate lets this student through"),
+    ((1, 124), (0, 709), None, "Not decided: no gate has judged this student"),
 ])
-def test_the_answer_follows_from_the_counts(found, needless, answer):
-    told = figures.verdict(rate(*found), rate(*needless), [(0.0, 0.0), (0.05, 0.2661)], 0)
+def test_the_answer_follows_from_the_counts(found, needless, passed, answer):
+    told = figures.verdict(rate(*found), rate(*needless), [(0.0, 0.0), (0.05, 0.2661)], passed, 0)
     assert f"{told['answer']}: {told['title']}" == answer
 
 
 def test_a_slice_decides_nothing_and_no_yardstick_is_no_comparison():
-    assert figures.verdict(rate(0, 4), rate(0, 30), [], 4)["answer"] == "Not decided"
-    told = figures.verdict(rate(8, 124), rate(26, 709), [], 0)
+    assert figures.verdict(rate(0, 4), rate(0, 30), [], True, 4)["answer"] == "Not decided"
+    told = figures.verdict(rate(8, 124), rate(26, 709), [], None, 0)
     assert told["fair"] is None and not told["worse"]
 
 
@@ -202,11 +208,27 @@ def test_rejections_are_those_of_the_metrics_and_every_reason_has_words(html):
     assert set(words.REJECTIONS) == set(RejectReason)
 
 
-def test_a_part_that_is_not_there_names_the_stage_that_makes_it(html):
-    assert not any((ROOT / path).exists() for path in AWAITED.values())
-    assert re.findall(r"Not here yet: ([^.]*)\. The stage <code>(\w+)</code>", html) == [
-        ("the curves over every threshold, and the chosen point on them", "calibrate"), ("reliability of the score P(escalate)", "calibrate"),
-        ("the bill in money", "teacher_gen"), ("the operating point", "calibrate")]
+def test_a_part_that_is_not_there_names_the_stage_that_makes_it(folder, html):
+    assert not any((folder / path).exists() for path in AWAITED.values())
+    assert {part for part, stage in re.findall(r"Not here yet: ([^.]*)\. The stage <code>(\w+)</code>", html) if stage == "calibrate"} == {
+        "the curves over every threshold, and the chosen point on them", "reliability of the score P(escalate)", "the operating point"}
+    assert ("Not here yet: the gate’s verdict" in html) != ("The gate could not judge: " in html)
+
+
+@pytest.mark.skipif("cost_usd" not in TeacherGenMetrics.model_fields, reason="teacher_gen states no cost in money yet")
+@pytest.mark.parametrize("teacher, cost, shown", [("big-model", 84.7, "<b>$84.70</b> when it was paid, $0.1000 a conversation"),
+                                                  ("big-model", None, "no price of the model is"), ("simulator", 0.0, "nothing was paid")])
+def test_the_bill_is_shown(tmp_path, teacher, cost, shown):
+    folder = report_inputs(tmp_path)
+    write_json(folder / "metrics/teacher_gen.json", metrics("teacher_gen") | {"teacher": teacher, "cost_usd": cost, "conversations": 847})
+    with inside(folder):
+        main()
+    assert shown in (folder / REPORT).read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(importlib.util.find_spec(GATE) is None, reason="there is no gate yet")
+def test_what_the_gate_refuses_is_a_sentence_on_the_page(html):
+    assert re.search(r"The gate could not judge: metrics/calibrate_detail\.json[^<]* does not exist", html)
 
 
 def calibrated(folder):

@@ -176,7 +176,7 @@ def test_the_list_is_one_stop_for_the_tab_key_and_arrows_move_in_it(report, visi
     page = visit(report, "#/conversations")
 
     def focused():
-        return page.evaluate("(({tagName, parentNode, textContent}) => [tagName, !!parentNode.closest('#list'), textContent])(document.activeElement)")
+        return page.evaluate("(() => { const on = document.activeElement; return [on.tagName, !!on.closest('#list'), on.textContent]; })()")
 
     page.locator("#filters button").focus()
     page.keyboard.press("Tab")

@@ -53,21 +53,34 @@ def recall_at(curve: Curve, over_escalation: float) -> float:
     return below[1] + (above[1] - below[1]) * (over_escalation - below[0]) / (above[0] - below[0])
 
 
-def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, slice_of: int) -> dict[str, Any]:
+def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, passed: bool | None, slice_of: int) -> dict[str, Any]:
     """The first screen's answer: may the student ship?
 
     The student is called worse than the bag of words where even the upper end of its interval lies below the recall that the bag of words
-    reaches at the student's over-escalation. Nothing here calls a student good enough: that takes limits, which a gate holds.
+    reaches at the student's over-escalation. Only the gate calls it good enough: that takes limits, which the gate holds.
+
+    Args:
+        found: the student's recall.
+        needless: its over-escalation.
+        yardstick: the curve of the bag of words, empty where it is not known.
+        passed: whether the gate lets it through, None where no gate has judged.
+        slice_of: scenarios a company of a run on a slice, else 0.
     """
     told = {"found": found, "needless": needless, "fair": recall_at(yardstick, share(needless)) if yardstick else None}
     told["worse"] = told["fair"] is not None and found["high"] < told["fair"]
     if slice_of:
-        return told | {"answer": "Not decided", "title": f"a slice of {slice_of} scenarios a company, its figures mean nothing"}
-    if not found["k"]:
-        return told | {"answer": "No", "title": "the student never hands off where it should"}
-    if told["worse"]:
-        return told | {"answer": "No", "title": "the student hands off worse than a bag of words"}
-    return told | {"answer": "Not decided", "title": "no gate has judged this student"}
+        answer, title = "Not decided", f"a slice of {slice_of} scenarios a company, its figures mean nothing"
+    elif passed:
+        answer, title = "Yes", "the gate lets this student through" + (", though it hands off worse than a bag of words" if told["worse"] else "")
+    elif not found["k"]:
+        answer, title = "No", "the student never hands off where it should"
+    elif told["worse"]:
+        answer, title = "No", "the student hands off worse than a bag of words"
+    elif passed is None:
+        answer, title = "Not decided", "no gate has judged this student"
+    else:
+        answer, title = "No", "the gate does not let this student through"
+    return told | {"answer": answer, "title": title}
 
 
 def _stand(name: str, rates: dict[str, Any], label: str = "") -> charts.Point:
