@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from stages.report import AWAITED
-from tests.layout import PACKAGES, ROOT, SIMULATED, imports, stage_code
+from tests.layout import CALLED, PACKAGES, ROOT, SIMULATED, imports, module_file, stage_code
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -83,8 +83,9 @@ def test_every_module_is_a_stage_or_shows_results():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_declared_params_are_those_the_stage_loads(stage):
-    role = SIMULATED.get(MODULES[stage])
-    loaded = {call.value for call in calls(MODULES[stage], "load_params")} | ({f"simulator.{role}"} if role else set())
+    role, command = SIMULATED.get(MODULES[stage]), CALLED.get(MODULES[stage])
+    modules = [MODULES[stage], *([command] if command and module_file(f"stages.{command}") else [])]
+    loaded = {call.value for module in modules for call in calls(module, "load_params")} | ({f"simulator.{role}"} if role else set())
     assert set(STAGES[stage].get("params", [])) == loaded
     for section in loaded:
         found = PARAMS
