@@ -66,9 +66,9 @@ def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, p
         passed: whether the gate lets it through, None where no gate has judged.
         slice_of: scenarios a company of a run on a slice, else 0.
     """
-    told = {"found": found, "needless": needless, "fair": recall_at(yardstick, share(needless)) if yardstick else None}
-    told["stated"] = yardstick[-1] if len(yardstick) == 2 else None
-    told["worse"] = told["fair"] is not None and found["high"] < told["fair"]
+    fair = recall_at(yardstick, share(needless)) if yardstick else None
+    told = {"found": found, "needless": needless, "fair": fair, "stated": yardstick[-1] if len(yardstick) == 2 else None,
+            "worse": fair is not None and found["high"] < fair}
     if slice_of:
         answer, title = "Not decided", f"a slice of {slice_of} scenarios a company, its figures mean nothing"
     elif passed:
