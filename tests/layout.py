@@ -11,6 +11,10 @@ SIMULATED = {"teacher_gen": "actors", "eval_judge": "judge"}
 """Stages that may start the simulator, and the role it plays for them; `python -m simulator` is imported by nobody."""
 
 
+CALLED = {"report": "gate"}
+"""Stages that start a command of ours, which is imported by nobody."""
+
+
 def module_file(name: str) -> Path | None:
     """The file of one of our modules, relative to the root."""
     if name.split(".")[0] not in PACKAGES:
@@ -49,4 +53,14 @@ def stage_code(module: str) -> set[str]:
     files = import_tree(Path("stages", f"{module}.py"))
     if role := SIMULATED.get(module):
         files |= import_tree(Path("simulator/__main__.py")) | import_tree(Path("simulator", f"{role}.py"))
-    return {file.as_posix() for file in files}
+    if (command := CALLED.get(module)) and module_file(f"stages.{command}"):
+        files |= import_tree(Path("stages", f"{command}.py"))
+    return {file.as_posix() for file in files} | templates(module)
+
+
+def templates(module: str) -> set[str]:
+    """The files in `stages/_<module>/` that are no Python and that the stage names."""
+    folder = Path("stages", f"_{module}")
+    named = {node.value for node in ast.walk(ast.parse((ROOT / "stages" / f"{module}.py").read_text(encoding="utf-8")))
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob("*.*") if path.suffix != ".py" and path.name in named}

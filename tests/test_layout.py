@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.layout import PACKAGES, ROOT, SIMULATED, imports, stage_code
+from stages.report import AWAITED
+from tests.layout import CALLED, PACKAGES, ROOT, SIMULATED, imports, module_file, stage_code
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -32,8 +33,13 @@ def names(entries):
     return {resolved(path) if path.startswith("${") else path for path in found}
 
 
+def is_code(path):
+    """Python, or a page that a stage fills in: it lies in one of our packages."""
+    return Path(path).parts[0] in PACKAGES
+
+
 def inputs(stage):
-    return {path for path in names(STAGES[stage]["deps"]) if not path.endswith(".py")}
+    return {path for path in names(STAGES[stage]["deps"]) if not is_code(path)}
 
 
 def outputs(stage):
@@ -86,8 +92,9 @@ def test_every_module_is_a_stage_or_shows_results():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_declared_params_are_those_the_stage_loads(stage):
-    role = SIMULATED.get(MODULES[stage])
-    loaded = {call.value for call in calls(MODULES[stage], "load_params")} | ({f"simulator.{role}"} if role else set())
+    role, command = SIMULATED.get(MODULES[stage]), CALLED.get(MODULES[stage])
+    modules = [MODULES[stage], *([command] if command and module_file(f"stages.{command}") else [])]
+    loaded = {call.value for module in modules for call in calls(module, "load_params")} | ({f"simulator.{role}"} if role else set())
     assert set(STAGES[stage].get("params", [])) == loaded
     for section in loaded:
         found = PARAMS
@@ -104,9 +111,20 @@ def test_every_section_of_params_yaml_is_used():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_code_a_stage_depends_on_is_all_declared_and_no_more(stage):
-    declared = {path for path in names(STAGES[stage]["deps"]) if path.endswith(".py")}
+    declared = {path for path in names(STAGES[stage]["deps"]) if is_code(path)}
     needed = stage_code(MODULES[stage])
     assert (needed - declared, declared - needed) == (set(), set())
+
+
+def test_every_page_beside_the_stages_is_one_that_a_stage_names():
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "stages").rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert pages and pages == set().union(*(stage_code(module) for module in MODULES.values())) & pages
+
+
+def test_the_report_awaits_only_what_no_stage_writes():
+    """A path that a stage writes belongs into the report's constants and into its deps."""
+    written = set().union(*map(outputs, STAGES))
+    assert not {path.as_posix() for path in AWAITED.values()} & written
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES.values())))
@@ -167,16 +185,16 @@ MAY_IMPORT = {"schemas": {"schemas"}, "agent": {"agent", "schemas"}, "simulator"
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_import_one_way(package):
-    for path in sorted((ROOT / package).glob("*.py")):
+    for path in sorted((ROOT / package).rglob("*.py")):
         found = imports(path.relative_to(ROOT))
         assert {file.parts[0] for file in found} <= MAY_IMPORT[package], path
         if package == "stages":
-            assert all(file.name.startswith("_") for file in found if file.parts[0] == "stages"), f"{path} imports another stage"
+            assert all(file.parts[1].startswith("_") for file in found if file.parts[0] == "stages"), f"{path} imports another stage"
 
 
 @pytest.mark.parametrize("module", [
     "agent.loop", "schemas.tables", "stages.corpus", "stages.teacher_gen", "stages.verify", "stages.oversample", "stages.eval_exact",
-    "stages.eval_judge", "stages.yardsticks", "stages.calibrate", "stages.table", "stages.compare", "stages.gate", "stages.pr_comment",
+    "stages.eval_judge", "stages.yardsticks", "stages.calibrate", "stages.report", "stages.table", "stages.compare", "stages.gate", "stages.pr_comment",
     "simulator.__main__"])
 def test_what_needs_no_model_imports_no_torch(module):
     code = f"import {module}, sys; print(*{{'torch', 'transformers'}} & sys.modules.keys())"

@@ -1,0 +1,237 @@
+"""Write what was measured, and every conversation it was measured on, as one HTML file that needs no network.
+
+Reads   data/verify/{held_out,rejected}.parquet, data/eval_exact/predictions.parquet, data/eval_judge/judgements.parquet, metrics/*.json
+Writes  data/report/report.html
+
+The page is stages/_report/page.html with its style sheet and its script. It states what the metrics files state; what it counts itself, it
+counts from the predictions (which action was taken where). The same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import BaseModel
+
+from schemas.action import ActionName, HandoffReason
+from schemas.counts import ExactCounts, JudgeCounts
+from schemas.errors import InputError
+from schemas.metrics import QloraTrainMetrics, TeacherGenMetrics, VerifyMetrics
+from schemas.tables import SCORED, Judgements, Predictions, Rejected, Verified
+from stages._rates import rate
+from stages._report import charts, figures, viewer, words
+from stages._report.figures import pooled
+from stages._stage import Params, load_params, read_table, run, say
+
+if TYPE_CHECKING:
+    import polars as pl
+
+HELD_OUT = Path("data/verify/held_out.parquet")
+REJECTED = Path("data/verify/rejected.parquet")
+PREDICTIONS = Path("data/eval_exact/predictions.parquet")
+JUDGEMENTS = Path("data/eval_judge/judgements.parquet")
+CORPUS = Path("metrics/corpus.json")
+GENERATED = Path("metrics/teacher_gen.json")
+VERIFIED = Path("metrics/verify.json")
+TRAINED = Path("metrics/qlora_train.json")
+TRAINING = Path("metrics/qlora_train")
+EXACT = Path("metrics/eval_exact_counts.json")
+JUDGED = Path("metrics/eval_judge_counts.json")
+REPORT = Path("data/report/report.html")
+LOSS = "plots/metrics/loss.tsv"
+
+TEMPLATES = Path(__file__).with_name("_report")
+PAGE, STYLE, SCRIPT = "page.html", "page.css", "page.js"
+GATE = "stages.gate"
+AWAITED = {"calibrated": Path("metrics/calibrate_detail.json"), "curves": Path("metrics/calibrate"), "point": Path("models/operating_point.json")}
+"""What the page shows as soon as it is there. No stage of dvc.yaml writes it yet, so none of it can be declared there."""
+
+
+class ReportParams(Params):
+    """`report`."""
+
+    compare_with: str | None
+
+
+def read_metrics(path: Path, model: type[BaseModel] | None = None, text: bytes | None = None) -> dict[str, Any]:
+    """A metrics file, or `text` as one of another revision.
+
+    Raises:
+        InputError: it is not there, or is not such a file.
+    """
+    try:
+        content = json.loads(path.read_bytes() if text is None else text)
+        if model:
+            model.model_validate(content)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}",
+                         f"git checkout {path}, or dvc repro, brings it back") from None
+    return content
+
+
+def read_revision(revision: str) -> tuple[dict[str, Any], pl.DataFrame]:
+    """The counts of both evaluations, and the predictions, as a revision of the repository holds them.
+
+    Raises:
+        InputError: there is no such revision, or it lacks one of them.
+    """
+    import dvc.api
+    import polars as pl
+    from dvc.exceptions import DvcException
+
+    try:
+        exact, judged, table = (dvc.api.read(path.as_posix(), rev=revision, mode="rb") for path in (EXACT, JUDGED, PREDICTIONS))
+        predictions = pl.read_parquet(io.BytesIO(table)).select("conversation_id", "index", "model", "raw")
+    except (DvcException, OSError, ValueError, pl.exceptions.PolarsError) as error:
+        raise InputError(f"report.compare_with: revision '{revision}' cannot be read: {' '.join(str(error).split())[:200]}",
+                         "git log, or dvc exp list, shows the revisions; null compares with none") from None
+    return with_judge(read_metrics(EXACT, ExactCounts, exact), read_metrics(JUDGED, JudgeCounts, judged)), predictions
+
+
+def awaited(name: str) -> dict[str, Any] | None:
+    """One of the files that no stage writes yet, or None."""
+    return read_metrics(AWAITED[name]) if AWAITED[name].is_file() else None
+
+
+def with_judge(exact: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:
+    """company -> model -> all five rates."""
+    return {company: {model: rates | {"acceptable": judged[company][model]["acceptable"]} for model, rates in models.items()}
+            for company, models in exact.items()}
+
+
+def results(counts: dict[str, Any], before: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """One table for all companies together and one for each: a row a rate, a column a model."""
+    if before:
+        counts = {company: models | ({"compared": before[company]["student"]} if company in before else {}) for company, models in counts.items()}
+    tables = []
+    for title, chosen in [("all held-out companies", counts), *((company, {company: models}) for company, models in counts.items())]:
+        models = [name for name in words.MODELS if all(name in company for company in chosen.values())]
+        tables.append({"title": title, "models": models, "rows": [
+            {"name": name, "rates": [pooled(chosen, model, name) for model in models]} for name in words.RATES]})
+    return tables
+
+
+def scored(predictions: pl.DataFrame, model: str) -> pl.DataFrame:
+    """The rows that a model's figures other than `valid_output` are taken from."""
+    return predictions.filter(model=model, decoding=SCORED[model])
+
+
+def confusion(predictions: pl.DataFrame, model: str) -> list[dict[str, Any]]:
+    """Gold action by the model's action, `invalid` for text that is no step: one row a gold action that occurs, with counts and shares."""
+    counted = Counter((gold, action or "invalid") for gold, action in scored(predictions, model).select("gold_action", "action").iter_rows())
+    rows = []
+    for gold in ActionName:
+        counts = {action: counted[gold.value, action] for action in [*map(str, ActionName), "invalid"]}
+        if total := sum(counts.values()):
+            rows.append({"gold": gold.value, "n": total, "cells": [
+                {"action": action, "k": k, "shade": -(-5 * k // total)} for action, k in counts.items()]})
+    return rows
+
+
+def reasons(predictions: pl.DataFrame) -> list[dict[str, Any]]:
+    """For every hand-off reason that occurs: how many of its turns each model handed off, and how many of those for this reason."""
+    found = []
+    for reason in HandoffReason:
+        rates = {}
+        for model in SCORED:
+            rows = scored(predictions, model).filter(gold_reason=reason.value)
+            handed = rows.filter(action="escalate")
+            rates[model] = rate(len(handed), len(rows)) | {"same": len(handed.filter(reason=reason.value))}
+        if rates["student"]["n"]:
+            found.append({"reason": reason.value, "rates": rates})
+    return found
+
+
+def render(context: dict[str, Any]) -> str:
+    """The page. Style and script are named by their hashes in its content security policy: nothing else may run."""
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in (STYLE, SCRIPT))
+    environment.filters |= {"percent": lambda share: f"{100 * share:.1f} %", "thousands": lambda number: f"{number:,}".replace(",", " ")}
+    return environment.get_template(PAGE).render(
+        context, style=Markup(style), script=Markup(script), style_hash=_hash(style), script_hash=_hash(script), words=words, charts=charts) + "\n"
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def gate(base: str | None) -> dict[str, Any] | None:
+    """What the gate says, {passed, rules} or {error}; None where there is no gate.
+
+    A command of its own and not an import: what it refuses is a sentence on this page, and nothing that stops the page.
+    """
+    if importlib.util.find_spec(GATE) is None:
+        return None
+    done = subprocess.run([sys.executable, "-m", GATE, "--format", "json", *(["--base", base] if base else [])],
+                          capture_output=True, encoding="utf-8", check=False)
+    if done.stdout:
+        return json.loads(done.stdout)
+    return {"error": done.stderr.strip().partition("\n")[0].removeprefix("error: ")}
+
+
+def score_figures(counts: dict[str, Any], corpus: dict[str, Any], judged: dict[str, Any] | None, slice_of: int) -> dict[str, Any]:
+    """What there is about hand-offs and their score: the answer, the charts, and the parts that calibration adds."""
+    found, point = awaited("calibrated"), awaited("point")
+    chosen = {name: models["student"]["at_threshold"] for name, models in found["held_out"].items()} if found else {}
+    curves: dict[str, figures.Curve] = {name: figures.read_columns(AWAITED["curves"] / f"curve_{name}.csv", "over_escalation", "recall")
+                                        for name in words.SCORERS}
+    curves["bag_of_words"] = curves["bag_of_words"] or figures.bag_of_words(corpus)
+    everything = {model: {name: pooled(counts, model, name) for name in words.RATES} for model in SCORED}
+    at = chosen.get("pooled") or everything["student"]
+    return {
+        "verdict": figures.verdict(at["escalate_recall"], at["over_escalation"], curves["bag_of_words"], (judged or {}).get("passed"), slice_of),
+        "gate": judged, "point": point, "calibrated": found,
+        "operating": [figures.operating("all held-out companies", everything, chosen.get("pooled"), curves), *(
+            figures.operating(company, models, chosen.get(company), {"bag_of_words": figures.bag_of_words(corpus, company)})
+            for company, models in counts.items())],
+        "legend": {name: title for name, title in words.SCORERS.items() if name in SCORED or curves[name]} | (
+            {"chosen": "student at the threshold"} if chosen else {}),
+        "reliability": [figures.reliability(title, found["held_out"]["pooled"]["student"]["reliability"][version]) for version, title in
+                        (("raw", "the score as it is"), ("recalibrated", "after the map to probabilities"))] if found else []}
+
+
+def main() -> None:
+    params = load_params("report", ReportParams)
+    held_out, rejected = read_table(HELD_OUT, Verified), read_table(REJECTED, Rejected)
+    predictions, judgements = read_table(PREDICTIONS, Predictions), read_table(JUDGEMENTS, Judgements)
+    generated, verified = read_metrics(GENERATED, TeacherGenMetrics), read_metrics(VERIFIED, VerifyMetrics)
+    trained, corpus = read_metrics(TRAINED, QloraTrainMetrics), read_metrics(CORPUS)
+    exact, judged = read_metrics(EXACT, ExactCounts), read_metrics(JUDGED, JudgeCounts)
+    before, compared = read_revision(params.compare_with) if params.compare_with else (None, None)
+    counts = with_judge(exact, judged)
+    scores = score_figures(counts, corpus, gate(params.compare_with), generated["scenarios_per_company"])
+    conversations = viewer.conversations(held_out, rejected, viewer.predicted(predictions, judgements, compared))
+    played = {"teacher": generated["teacher"], "customer": generated["customer"], "judge": judged["judge"]}
+    write_page(render(scores | {
+        "results": results(counts, before), "compare_with": params.compare_with,
+        "confusion": {model: confusion(predictions, model) for model in SCORED},
+        "reasons": reasons(predictions), "verified": verified, "most_rejected": max(verified["reasons"].values()), "trained": trained,
+        "training": figures.training(TRAINING / LOSS, trained["steps"]), "generated": generated, "played": played, "companies": list(exact),
+        "simulated": [role for role, name in played.items() if name == "simulator"],
+        "data": Markup(viewer.embed({"threshold": (scores["point"] or {}).get("threshold"), "compared": params.compare_with,
+                                     "conversations": conversations}))}))
+    say(f"report: {len(conversations)} conversations, {REPORT.stat().st_size / 1e6:.1f} MB; open {REPORT} in a browser")
+
+
+def write_page(page: str) -> None:
+    """Write the page; it appears whole or not at all."""
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    partial = REPORT.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, REPORT)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,395 @@
+"""The report says what the metrics say, holds every conversation, and lets nothing in them become markup."""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import polars as pl
+import pytest
+
+from schemas.action import make_action
+from schemas.metrics import TeacherGenMetrics
+from schemas.tables import Predictions
+from schemas.traces import RejectReason
+from stages._rates import rate
+from stages._report import charts, figures, viewer, words
+from stages.report import AWAITED, GATE, REPORT, main
+from tests.helpers import inside
+from tests.layout import ROOT
+from tests.reports import HOSTILE, rejected_table, report_inputs, write
+from tests.test_bad_input import run
+
+
+class Page(HTMLParser):
+    """The page's elements as (tag, attributes), and the text inside each script and style."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.raw = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self.raw.append([tag, dict(attrs), ""])
+
+    def handle_data(self, data):
+        if self.cdata_elem:
+            self.raw[-1][2] += data
+
+    def inside(self, tag, **attributes):
+        return next(text for name, found, text in self.raw if name == tag and attributes.items() <= found.items())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = report_inputs(tmp_path_factory.mktemp("report"))
+    with inside(folder):
+        main()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(folder):
+    return (folder / REPORT).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(html):
+    return Page(html)
+
+
+@pytest.fixture(scope="module")
+def data(page):
+    return json.loads(page.inside("script", id="data"))
+
+
+def metrics(name):
+    return json.loads((ROOT / f"metrics/{name}.json").read_text(encoding="utf-8"))
+
+
+def test_two_runs_give_the_same_bytes(folder, html):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-m", "stages.report"], cwd=folder, env=env, capture_output=True, check=True)
+    assert (folder / REPORT).read_text(encoding="utf-8") == html
+
+
+def test_the_page_needs_nothing_from_elsewhere(page, html):
+    for tag, attributes in page.elements:
+        assert tag not in ("iframe", "object", "embed", "base", "img")
+        assert not attributes.get("src") and not any(name.startswith("on") or name == "style" for name in attributes), (tag, attributes)
+        assert attributes.get("href", "#").startswith(("#", "data:,"))
+    assert "@import" not in html and "url(" not in page.inside("style")
+
+
+def test_only_the_pages_own_script_and_style_may_run(page):
+    policy = next(found["content"] for tag, found in page.elements if found.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    for tag, kind in (("script", "script-src"), ("style", "style-src")):
+        digest = base64.b64encode(hashlib.sha256(next(text for name, found, text in page.raw if name == tag and "id" not in found).encode()).digest())
+        assert f"{kind} 'sha256-{digest.decode()}'" in policy
+    assert [found.get("type") for tag, found, _ in page.raw if tag == "script"] == ["application/json", None]
+
+
+def test_the_script_makes_no_markup_of_text():
+    script = (ROOT / "stages/_report/page.js").read_text(encoding="utf-8")
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|srcdoc|setTimeout\(['\"]", script)
+    assert '"use strict"' in script
+
+
+def test_every_message_comes_back_from_the_embedded_data(folder, data):
+    tables = [pl.read_parquet(folder / f"data/verify/{name}.parquet") for name in ("held_out", "rejected")]
+    rows = [(one["id"], index, message) for one in data["conversations"] for index, message in enumerate(one["messages"])]
+    wanted = [row for table in tables for row in table.select("conversation_id", "index", "role", "content").iter_rows()]
+    assert len(rows) == len(wanted)
+    for (name, index, message), (wanted_name, wanted_index, role, content) in zip(rows, wanted, strict=True):
+        assert (name, index) == (wanted_name, wanted_index)
+        if role == "agent":
+            fields = message.get("h", ""), message.get("a"), message.get("g", {}), message.get("m", "")
+            assert (message["x"] if "x" in message else make_action(*fields).to_json()) == content
+        else:
+            assert message == {role[0]: content}
+
+
+def test_every_prediction_and_verdict_comes_back_from_the_embedded_data(folder, data):
+    predictions = pl.read_parquet(folder / "data/eval_exact/predictions.parquet")
+    found = {(one["id"], index, reply["w"]): reply for one in data["conversations"] for index, message in enumerate(one["messages"])
+             for reply in message.get("p", [])}
+    assert len(found) == len(predictions)
+    for row in predictions.iter_rows(named=True):
+        free_base = (row["model"], row["decoding"]) == ("base", "free")
+        reply = found[row["conversation_id"], row["index"], "base_free" if free_base else row["model"]]
+        assert (reply.get("a"), reply.get("f")) == (row["action"], row["fault"]) and reply.get("x", row["raw"]) == row["raw"]
+        assert reply.get("v") == (None if free_base else "acceptable")
+
+
+def test_markup_in_a_conversation_is_text(html, page, data):
+    assert html.count("<script") == 2 and html.count("</script") == 2 and not [tag for tag, _ in page.elements if tag == "img"]
+    assert data["conversations"][0]["messages"][0] == {"c": HOSTILE}
+    assert "<" not in viewer.embed({"a": "<!--<script></script>"}) and json.loads(viewer.embed("<\u2028")) == "<\u2028"
+
+
+def test_markup_in_a_metrics_file_is_text(tmp_path):
+    folder = report_inputs(tmp_path)
+    for name in ("teacher_gen", "eval_judge_counts"):
+        content = metrics(name) | {"teacher_gen": {"teacher": HOSTILE, "customer": HOSTILE}, "eval_judge_counts": {"judge": HOSTILE}}[name]
+        (folder / f"metrics/{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    with inside(folder):
+        main()
+    html = (folder / REPORT).read_text(encoding="utf-8")
+    assert html.count("<script") == 2 and "<img" not in html and html.count("&lt;img src=x") == 3
+    assert "simulators" not in html
+
+
+def test_every_rate_stands_with_its_count_and_interval(html):
+    exact, judged = metrics("eval_exact_counts"), metrics("eval_judge_counts")
+    for company, models in exact.items():
+        for model, rates in models.items():
+            for name, of in ({"acceptable": judged[company][model]["acceptable"]} | rates).items():
+                if name in words.RATES:
+                    low, high = (100 * rate(of["k"], of["n"])[end] for end in ("low", "high"))
+                    shown = f"<b>{100 * of['k'] / of['n']:.1f} %</b> <span class=\"of\">{of['k']} of {of['n']}<br>{low:.1f}–{high:.1f} %"
+                    assert shown in html, (company, model, name)
+
+
+def test_the_first_screen_says_what_the_committed_figures_say(html):
+    counts = metrics("eval_exact_counts")
+    found, needless = (figures.pooled(counts, "student", name) for name in ("escalate_recall", "over_escalation"))
+    told = figures.verdict(found, needless, figures.bag_of_words(metrics("corpus")), None, 0)
+    assert f'<h1 id="answer">{told["answer"]}: {told["title"]}.</h1>' in html
+    assert "Teacher, customer and judge were simulators" in html and "A bag of words finds at least</span>" in html
+
+
+@pytest.mark.parametrize("found, needless, passed, answer", [
+    ((0, 124), (0, 709), None, "No: the student never hands off where it should"),
+    ((8, 124), (26, 709), None, "No: the student hands off worse than a bag of words"),
+    ((8, 124), (26, 709), False, "No: the student hands off worse than a bag of words"),
+    ((8, 124), (26, 709), True, "Yes: the gate lets this student through, though it hands off worse than a bag of words"),
+    ((30, 124), (36, 709), None, "Not decided: no gate has judged this student"),
+    ((30, 124), (36, 709), False, "No: the gate does not let this student through"),
+    ((120, 124), (5, 709), None, "Not decided: no gate has judged this student"),
+    ((120, 124), (5, 709), True, "Yes: the gate lets this student through"),
+    ((1, 124), (0, 709), None, "Not decided: no gate has judged this student"),
+])
+def test_the_answer_follows_from_the_counts(found, needless, passed, answer):
+    told = figures.verdict(rate(*found), rate(*needless), [(0.0, 0.0), (0.05, 0.2661)], passed, 0)
+    assert f"{told['answer']}: {told['title']}" == answer
+
+
+def test_a_slice_decides_nothing_and_no_yardstick_is_no_comparison():
+    assert figures.verdict(rate(0, 4), rate(0, 30), [], True, 4)["answer"] == "Not decided"
+    told = figures.verdict(rate(8, 124), rate(26, 709), [], None, 0)
+    assert told["fair"] is None and not told["worse"]
+
+
+@pytest.mark.parametrize("at, recall", [(0.0, 0.1), (0.05, 0.3), (0.1, 0.5), (0.5, 0.5)])
+def test_a_curve_is_read_between_its_thresholds(at, recall):
+    assert figures.recall_at([(0.0, 0.0), (0.0, 0.1), (0.1, 0.5)], at) == pytest.approx(recall)
+
+
+def test_confusion_counts_every_turn_once(folder, html):
+    predictions = pl.read_parquet(folder / "data/eval_exact/predictions.parquet").filter(model="student")
+    counted = predictions.group_by("gold_action", pl.col("action").fill_null("invalid")).len()
+    assert counted["len"].sum() == len(predictions)
+    for gold, action, k in counted.iter_rows():
+        assert f'gold={gold}&amp;model=student&amp;action={action}" aria-label="{k} turns' in html
+
+
+def test_rejections_are_those_of_the_metrics_and_every_reason_has_words(html):
+    verified = metrics("verify")
+    for reason, count in verified["reasons"].items():
+        assert (f'reject={reason}" aria-label="{count} conversations' in html) == (count > 0)
+    assert set(words.REJECTIONS) == set(RejectReason)
+
+
+def test_a_part_that_is_not_there_names_the_stage_that_makes_it(folder, html):
+    assert not any((folder / path).exists() for path in AWAITED.values())
+    assert {part for part, stage in re.findall(r"Not here yet: ([^.]*)\. The stage <code>(\w+)</code>", html) if stage == "calibrate"} == {
+        "the curves over every threshold, and the chosen point on them", "reliability of the score P(escalate)", "the operating point"}
+    assert ("Not here yet: the gate’s verdict" in html) != ("The gate could not judge: " in html)
+
+
+@pytest.mark.skipif("cost_usd" not in TeacherGenMetrics.model_fields, reason="teacher_gen states no cost in money yet")
+@pytest.mark.parametrize("teacher, cost, shown", [("big-model", 84.7, "<b>$84.70</b> when it was paid, $0.1000 a conversation"),
+                                                  ("big-model", None, "no price of the model is"), ("simulator", 0.0, "nothing was paid")])
+def test_the_bill_is_shown(tmp_path, teacher, cost, shown):
+    folder = report_inputs(tmp_path)
+    write_json(folder / "metrics/teacher_gen.json", metrics("teacher_gen") | {"teacher": teacher, "cost_usd": cost, "conversations": 847})
+    with inside(folder):
+        main()
+    assert shown in (folder / REPORT).read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(importlib.util.find_spec(GATE) is None, reason="there is no gate yet")
+def test_what_the_gate_refuses_is_a_sentence_on_the_page(html):
+    assert re.search(r"The gate could not judge: metrics/calibrate_detail\.json[^<]* does not exist", html)
+
+
+def calibrated(folder):
+    """What calibrate writes, as far as the report reads it."""
+    at = {"escalate_recall": rate(40, 124), "over_escalation": rate(30, 709)}
+    bins = [{"predicted": 0.1, "observed": 0.05, **rate(5, 100)}, {"predicted": 0.6, "observed": 0.4, **rate(40, 100)}]
+    of = {"at_threshold": at, "brier": {"raw": 0.1, "constant": 0.12}, "reliability": {"raw": bins, "recalibrated": bins},
+          "auc": {"value": 0.75, "cluster_low": 0.7, "cluster_high": 0.8, "recall_at_5_percent": 0.31}}
+    models = {name: of for name in words.SCORERS}
+    write_json(folder / AWAITED["calibrated"], {"held_out": {"pooled": models, "streaming": models, "travel": models}, "warnings": ["<weak>"]})
+    write_json(folder / AWAITED["point"], {
+        "threshold": 0.4321, "rule": {"in_words": "Find as many as possible."},
+        "calibration": {"handoff_turns": 64, "missed": 30, "turns": 866, "needless": 40}})
+    for name in words.SCORERS:
+        path = folder / AWAITED["curves"] / f"curve_{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("over_escalation,recall\n0.0,0.0\n0.02,0.2\n0.2,0.6\n1.0,1.0\n")
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_what_calibrate_makes_is_shown(tmp_path):
+    folder = report_inputs(tmp_path)
+    calibrated(folder)
+    with inside(folder):
+        main()
+    html = (folder / REPORT).read_text(encoding="utf-8")
+    page = Page(html)
+    assert "calibrate</code> makes it" not in html and "&lt;weak&gt;" in html
+    assert "Hand-offs found, at the threshold</span><b>32.3 %</b>" in html and "A bag of words finds</span>" in html
+    assert "P(escalate) is 0.432 or more" in html
+    assert html.count('class="line" points=') == len(words.SCORERS) + 1, "four curves and the training loss"
+    assert "5 of 100 were (5.0%)" in html and "30 are missed" in html
+    assert json.loads(page.inside("script", id="data"))["threshold"] == 0.4321
+
+
+def test_scores_are_embedded_where_the_predictions_have_them(folder):
+    predictions = pl.read_parquet(folder / "data/eval_exact/predictions.parquet")
+    judged = pl.read_parquet(folder / "data/eval_judge/judgements.parquet")
+    bare = predictions.drop("p_escalate", "other_action", strict=False)
+    assert not any("e" in reply or "o" in reply for replies in viewer.predicted(bare, judged, None).values() for reply in replies)
+    scored = bare.with_columns(p_escalate=pl.lit(0.123456), other_action=pl.lit("reply"))
+    assert all((reply["e"], reply["o"]) == (0.1235, "reply") for replies in viewer.predicted(scored, judged, None).values() for reply in replies)
+
+
+COMMIT = "git -c user.name=t -c user.email=t@localhost commit -qm"
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository whose last commit holds what the report compares with."""
+    folder = report_inputs(tmp_path, compare_with="v1")
+    for command in ("git init -q", "dvc init -q", "git add -f metrics data/eval_exact .dvc", f"{COMMIT} v1", "git tag v1"):
+        subprocess.run(command.split(), cwd=folder, capture_output=True, check=True)
+    return folder
+
+
+def test_a_revision_stands_beside_the_student_of_today(repository):
+    predictions = pl.read_parquet(repository / "data/eval_exact/predictions.parquet")
+    now = predictions.with_columns(raw=pl.when(pl.col("model") == "student").then(pl.lit("nothing")).otherwise("raw"))
+    write(repository, "data/eval_exact/predictions.parquet", now, Predictions)
+    with inside(repository):
+        main()
+    html = (repository / REPORT).read_text(encoding="utf-8")
+    before = predictions.filter(model="student")
+    for conversation in json.loads(Page(html).inside("script", id="data"))["conversations"][:20]:
+        for index, message in enumerate(conversation["messages"]):
+            if replies := {reply["w"]: reply for reply in message.get("p", [])}:
+                (action,) = before.filter(conversation_id=conversation["id"], index=index)["action"]
+                assert replies["student"]["x"] == "nothing" and replies["compared"].get("a") == action
+    assert "is the student of revision <code>v1</code>" in html and html.count("student before</th>") == 3
+
+
+@pytest.mark.parametrize("spoil", ["revision", "no metrics there"])
+def test_a_revision_that_cannot_be_read_is_one_sentence(repository, spoil):
+    params = repository / "params.yaml"
+    if spoil == "revision":
+        params.write_text(params.read_text().replace("compare_with: v1", "compare_with: nowhere"))
+    else:
+        for command in ("git rm -q --cached metrics/eval_exact_counts.json", f"{COMMIT} v2", "git tag -f v1"):
+            subprocess.run(command.split(), cwd=repository, capture_output=True, check=True)
+    done = run(repository, "report")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: report.compare_with: revision '") and "\nhint: " in done.stderr and not (repository / REPORT).exists()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("verify", None), ("verify", "{"), ("verify", "{}"), ("corpus", "no"), ("eval_exact_counts", "{}"),
+    ("eval_exact_counts", '{"travel": {"student": {}}}'),
+    ("eval_judge_counts", '{"travel": {}}'), ("teacher_gen", "[]")])
+def test_a_metrics_file_that_is_none_is_named(tmp_path, name, content):
+    folder = report_inputs(tmp_path)
+    path = folder / f"metrics/{name}.json"
+    path.unlink() if content is None else path.write_text(content)
+    done = run(folder, "report")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: metrics/{name}.json") and "\nhint: " in done.stderr and not (folder / REPORT).exists()
+
+
+def test_a_rejected_conversation_shows_the_step_that_is_none():
+    broken = rejected_table().head(2).with_columns(content=pl.when(pl.col("role") == "agent").then(pl.lit("<b>no")).otherwise("content"))
+    (shown,) = viewer.conversations(broken.clear(), broken, {})
+    assert shown["set"] == "rejected" and shown["detail"] == HOSTILE and {"x": "<b>no", "f": "not_one_json_object"} in shown["messages"]
+
+
+def test_every_chart_is_told_in_words_and_every_place_on_the_page_exists(page):
+    pictures = [found for tag, found in page.elements if tag == "svg"]
+    assert pictures and all(found.get("aria-hidden") == "true" or len(found["aria-label"]) > 20 for found in pictures)
+    ids = [found["id"] for _, found in page.elements if "id" in found]
+    assert len(ids) == len(set(ids))
+    for _, found in page.elements:
+        for name in ("aria-labelledby", "for"):
+            assert found.get(name, ids[0]) in ids
+        href = found.get("href", "#/")
+        assert href.startswith(("#/conversations", "#/", "data:")) or href.removeprefix("#") in ids
+
+
+def luminance(colour):
+    channels = [int(colour[at:at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one, other):
+    """WCAG 2.2's contrast ratio of two colours."""
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_colours_have_contrast_enough(mode):
+    style = (ROOT / "stages/_report/page.css").read_text(encoding="utf-8")
+    block = style.split(":root {")[1 if mode == "light" else 2].split("}")[0]
+    colours = dict(re.findall(r"--([\w]+|[\w]+-[\w]+): (#[0-9a-f]{6})", block))
+    for text in ("text", "quiet", "link"):
+        assert min(contrast(colours[text], colours[ground]) for ground in ("ground", "card", "customer")) >= 4.5, text
+    for text, ground in (("good", "good-ground"), ("bad", "bad-ground"), ("text", "mark"), ("text", "good-ground")):
+        assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+    for graphic in (*words.SCORERS, "compared", "focus"):
+        assert min(contrast(colours[graphic], colours[ground]) for ground in ("ground", "card")) >= 3, graphic
+
+
+@pytest.mark.parametrize("low, high", [(0, 207), (0, 5), (1.79, 3.08), (0.001, 0.004), (0, 12345), (2, 2)])
+def test_ticks_are_few_and_enclose_the_values(low, high):
+    ticks = charts.nice_ticks(low, high)
+    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 7
+
+
+def test_a_line_ends_where_its_axis_ends():
+    x, y = charts.shares(0.2, "x"), charts.shares(1, "y")
+    drawn = charts.chart("a", "b", x, y, [charts.Series("student", "s", line=[(0, 0), (0.1, 0.5), (0.5, 0.9)])])
+    points = [tuple(map(float, pair.split(","))) for pair in re.search(r'points="([^"]*)"', drawn)[1].split()]
+    assert points[-1][0] == charts.WIDTH - charts.RIGHT and len(points) == 3
+    height = charts.HEIGHT - charts.BOTTOM - charts.TOP
+    assert points[-1][1] == pytest.approx(charts.TOP + (1 - 0.6) * height, abs=0.1)
+
+
+def test_the_labels_of_a_chart_are_escaped():
+    point = charts.Point(0.1, 0.1, "<b>")
+    drawn = charts.chart("<i>", '"', charts.shares(0.1, "<x>"), charts.shares(1, "y"), [charts.Series("student", "<s>", points=[point])])
+    assert not re.findall(r"<[ibxs]>", drawn) and 'aria-label="&lt;i&gt;. &#34;"' in drawn
