@@ -61,7 +61,7 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     # save_pretrained refuses a quantised model; these weights are plain float32 by now.
     model.hf_quantizer = None
     del model.config.quantization_config
@@ -152,11 +152,13 @@ class HandoffHead(torch.nn.Linear):
 def _unpack(model: Any) -> None:
     """Replace every NF4 layer by a plain frozen one that holds the unpacked values."""
     import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit
 
     for name, module in list(model.named_modules()):
-        if isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-            values = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(module.compute_dtype or torch.float32)
+            packed: Any = module.weight
+            values = bnb.functional.dequantize_4bit(packed.data, packed.quant_state).to(module.compute_dtype or torch.float32)
             plain.weight = torch.nn.Parameter(values.contiguous(), requires_grad=False)
             if module.bias is not None:
                 plain.bias = torch.nn.Parameter(module.bias.data, requires_grad=False)

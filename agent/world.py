@@ -40,8 +40,8 @@ class World:
                 self.tickets[ticket.id] = ticket
                 return f"created {ticket.id} ({ticket.category}): {ticket.summary}"
             case ActionName.UPDATE_TICKET:
-                ticket = self.tickets.get(action.args["ticket_id"])
-                if ticket is None:
+                known = self.tickets.get(action.args["ticket_id"])
+                if known is None:
                     return f"error: no ticket {action.args['ticket_id']}"
-                return f"updated {ticket.id} ({ticket.category}): {ticket.summary}"
+                return f"updated {known.id} ({known.category}): {known.summary}"
         raise ValueError(f"{action.action} is not a tool call")

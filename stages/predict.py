@@ -200,11 +200,10 @@ def main() -> None:
         replies, scores = (predict_base if which == "base" else predict_student)(
             lambda table: encode_table(table, encoder), student, tokenizer, params)
     seconds = time.monotonic() - started
-    order = ["conversation_id", "number"]
-    write_table(BASE_REPLIES if which == "base" else STUDENT_REPLIES,
-                pl.DataFrame(replies, schema_overrides={"other": pl.String}).with_columns(pl.lit(which).alias("model")).sort(*order, "decoding"), Replies)
-    write_table(BASE_CALIBRATION if which == "base" else STUDENT_CALIBRATION,
-                pl.DataFrame(scores).with_columns(pl.lit(which).alias("model")).sort(order), Scores)
+    order, model = ["conversation_id", "number"], pl.lit(which).alias("model")
+    replied, scored = (BASE_REPLIES, BASE_CALIBRATION) if which == "base" else (STUDENT_REPLIES, STUDENT_CALIBRATION)
+    write_table(replied, pl.DataFrame(replies, schema_overrides={"other": pl.String}).with_columns(model).sort(*order, "decoding"), Replies)
+    write_table(scored, pl.DataFrame(scores).with_columns(model).sort(order), Scores)
     say(f"predict {which}: {len(replies)} replies and {len(scores)} scores in {seconds:.0f} s")
 
 

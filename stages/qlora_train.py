@@ -227,17 +227,19 @@ def make_trainer(model: Any, tokenizer: Any, batches: list[list[Example]], reade
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
+    trained = model
+
     class AgentTurnTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             return supervised_loss(model, inputs, num_items_in_batch, params.handoff_loss)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             super()._save(output_dir, state_dict)
-            model.handoff_head.save(Path(output_dir or folder))
+            trained.handoff_head.save(Path(output_dir or folder))
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            self.model.handoff_head.load(Path(resume_from_checkpoint))
+            trained.handoff_head.load(Path(resume_from_checkpoint))
 
     config = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=1, num_train_epochs=params.epochs, learning_rate=params.learning_rate,

@@ -194,8 +194,8 @@ def test_packages_import_one_way(package):
 
 @pytest.mark.parametrize("module", [
     "agent.loop", "schemas.tables", "stages.corpus", "stages.teacher_gen", "stages.verify", "stages.oversample", "stages.eval_exact",
-    "stages.eval_judge", "stages.yardsticks", "stages.calibrate", "stages.report", "stages.table", "stages.compare", "stages.gate", "stages.pr_comment",
-    "simulator.__main__"])
+    "stages.eval_judge", "stages.yardsticks", "stages.calibrate", "stages.report", "stages.table", "stages.compare", "stages.gate",
+    "stages.pr_comment", "simulator.__main__"])
 def test_what_needs_no_model_imports_no_torch(module):
     code = f"import {module}, sys; print(*{{'torch', 'transformers'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from schemas.yardsticks import YardstickScores
-from stages._stage import read_table
 from stages._logistic import left_out_auc, logistic
+from stages._stage import read_table
 from stages.yardsticks import embed, heard, model_folder
 from tests.helpers import agent, customer, inside, tool, verified
 
