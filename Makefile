@@ -1,6 +1,8 @@
-# make repro   everything, from nothing to the result table
-# make quick   the same on a slice of the scenarios, the workspace untouched
-# make test    the test suite
+# make repro      everything, from nothing to the result table
+# make quick      the same on a slice of the scenarios, the workspace untouched
+# make estimate   what the paid stages will send and cost, before anything is sent
+# make cache      the paid responses that are kept
+# make test       the test suite
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -10,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: repro quick test lint
+.PHONY: repro quick estimate cache test lint
 
 repro: $(BIN)/.installed
 	dvc repro
@@ -19,6 +21,13 @@ repro: $(BIN)/.installed
 quick: $(BIN)/.installed
 	dvc exp run --temp --force --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2
 	python -m stages.table --rev quick
+
+estimate: $(BIN)/.installed
+	python -m stages.estimate
+
+cache: $(BIN)/.installed
+	python -m stages.cache list
+	python -m stages.cache size
 
 test: $(BIN)/.installed
 	python -m pytest
