@@ -325,10 +325,11 @@ class Endpoint:
 
     async def _ask(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion:
         """Ask the server; the first call of all goes alone, to find out which parts of a request the server takes."""
-        if self._dialect(schema)[1]:
-            return await self._ask_in(messages, sample, schema)
-        async with self._settling:
-            return await self._ask_in(messages, sample, schema)
+        if not self._dialect(schema)[1]:
+            async with self._settling:
+                if not self._dialect(schema)[1]:  # else whoever went before us has found out
+                    return await self._ask_in(messages, sample, schema)
+        return await self._ask_in(messages, sample, schema)
 
     async def _ask_in(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion:
         dialect, _ = self._dialect(schema)

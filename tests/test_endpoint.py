@@ -90,8 +90,8 @@ def test_a_fault_that_passes_changes_nothing(clean, fault):
 def test_an_answer_that_does_not_end_is_cut_off_and_asked_for_again(clean, fault):
     with hostile(PLAYER, lambda request, nth: fault if nth == 0 and len(request["messages"]) == 2 else OK) as server:
         began = time.monotonic()
-        assert held(server.url, timeout_s=0.3) == clean[0]
-        assert server.count(fault) == 8 and time.monotonic() - began < 10, "once for teacher and customer of each conversation"
+        assert held(server.url, timeout_s=0.5) == clean[0]
+        assert server.count(fault) == 8 and time.monotonic() - began < 60, "once for teacher and customer of each conversation"
 
 
 def test_a_slow_start_is_waited_for(clean):
@@ -106,20 +106,21 @@ OPENING = GYM["gym"].scenarios[0].turns[0].customer
 
 @pytest.mark.parametrize("fault, failure", [
     ("500", "HTTP 500"), ((400, {}, "{}"), "HTTP 400"), ("reset", "the connection broke"), ("half", "the connection broke"),
-    ("hang", "no answer within 0.5 s"), ("html", "the answer is no JSON"), ("no choices", "the answer is no chat completion"),
+    ("hang", "no answer within 2 s"), ("html", "the answer is no JSON"), ("no choices", "the answer is no chat completion"),
     ("no text", "the answer holds no text")])
 def test_a_conversation_that_cannot_be_held_is_a_failure_of_the_endpoint_and_is_tried_again_by_the_next_run(clean, monkeypatch, fault, failure):
     monkeypatch.setattr(endpoint, "TRIES", 2)
+    timeout_s = 2.0 if fault == "hang" else 30.0
     bad = lambda request, _: fault if any(OPENING in message["content"] for message in request["messages"][:2]) else OK  # noqa: E731
     with hostile(PLAYER, bad) as server:
-        rows = held(server.url, timeout_s=0.5)
+        rows = held(server.url, timeout_s=timeout_s)
         failed = [row for row in rows if row["failure"]]
         assert {row["scenario"] for row in failed} == {GYM["gym"].scenarios[0].id} and {row["failure"] for row in failed} == {failure}
         others = [row for row in rows if not row["failure"]]
         assert others == [row for row in clean[0] if row["scenario"] != GYM["gym"].scenarios[0].id], "the others went on"
         answered = {server.digest(request) for _, found, request, _ in server.log if found == OK}
         before, server.fault = len(server.log), lambda *_: OK
-        assert held(server.url, timeout_s=0.5) == clean[0]
+        assert held(server.url, timeout_s=timeout_s) == clean[0]
         again = [request for _, _, request, _ in server.log[before:]]
         assert 0 < len(again) < clean[1] / 2 and all(server.digest(request) not in answered for request in again)
 
@@ -175,14 +176,13 @@ def test_conversations_that_the_server_refuses_do_not_stop_a_run_that_has_others
 
 
 def test_the_limit_follows_what_the_server_can_take():
-    chats = [[{"role": "user", "content": f"question {number}"}] for number in range(150)]
-    with hostile(lambda *_: "fine", delay_s=0.01) as server:
-        server.fault = lambda *_: "429" if server.open > 4 else OK
+    chats = [[{"role": "user", "content": f"question {number}"}] for number in range(100)]
+    with hostile(lambda *_: "fine", delay_s=0.05) as server:
+        server.fault = lambda *_: "429" if server.open > 3 else OK
         answers = ask(server.url, chats, max_concurrency=64)
-        first = server.log[0][0]
-        refused = [(at - first) for at, fault, *_ in server.log if fault == "429"]
-    assert all(isinstance(answer, Completion) for answer in answers) and len(server.log) - len(refused) == 150
-    assert 0 < len(refused) < 150, "64 at once would be refused far more often than they are answered"
+        refused = [at for at, fault, *_ in server.log if fault == "429"]
+    assert all(isinstance(answer, Completion) for answer in answers) and len(server.log) - len(refused) == 100
+    assert 0 < len(refused) < 100, "64 at once would be refused far more often than they are answered"
 
 
 @pytest.mark.parametrize("header", [lambda: "1", lambda: email.utils.formatdate(time.time() + 2, usegmt=True)], ids=["seconds", "date"])
@@ -256,9 +256,12 @@ def test_the_same_request_at_the_same_time_is_sent_once():
         assert len(server.log) == 1
 
 
-def process(folder, stage="teacher_gen", **environment):
+QUICK = "import runpy, agent.endpoint as e; e.BACKOFF_S = 0.01; runpy.run_module('stages.teacher_gen', run_name='__main__')"
+
+
+def process(folder, **environment):
     env = os.environ | {"PYTHONPATH": str(ROOT), "HANDOFF_CACHE": str(folder / ".cache"), "TEACHER_KEY": "a-long-and-secret-key"} | environment
-    return subprocess.Popen([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", QUICK], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_processes_at_once_share_one_cache(tmp_path):
@@ -271,7 +274,7 @@ def test_two_processes_at_once_share_one_cache(tmp_path):
                       teacher_gen={"attempts": 1, "teacher": elsewhere(server.url), "customer": elsewhere(server.url)})
         running = [process(tmp_path / name, HANDOFF_CACHE=str(tmp_path / "shared")) for name in ("one", "two")]
         assert [(p.communicate()[1], p.returncode)[1] for p in running] == [0, 0]
-        assert set(server.arrived.values()) == {1} and len(server.log) > 100
+        assert set(server.arrived.values()) == {1} and len(server.log) > 50
     one, two = ((tmp_path / name / teacher_gen.TRACES).read_bytes() for name in ("one", "two"))
     assert one == two
 
@@ -403,10 +406,10 @@ def test_a_judge_stops_at_its_cap():
     conversation = {"c": Conversation("travel", "c", "policy", [customer("hi")])}
     rows = [{"conversation_id": "c", "index": 1, "raw": f"candidate {number}"} for number in range(60)]
     with hostile(lambda *_: '{"verdict": "acceptable"}', delay_s=0.01) as server:
-        judge = EvalJudgeParams(budget_usd=20.0, judge=elsewhere(server.url))
-        with pytest.raises(InputError, match=r"eval_judge.budget_usd of \$20 is used up"):
+        judge = EvalJudgeParams(budget_usd=6.0, judge=elsewhere(server.url))
+        with pytest.raises(InputError, match=r"eval_judge.budget_usd of \$6 is used up"):
             asyncio.run(judge_all(rows, conversation, judge, None))
-        assert 0 < worth(server) <= 20 and 0 < len(server.log) < 60
+        assert 0 < worth(server) <= 6 and 0 < len(server.log) < 60
         answers, cost = asyncio.run(judge_all(rows, conversation, judge.model_copy(update={"budget_usd": None}), None))
     assert {read_verdict(answer) for answer in answers} == {"acceptable"} and cost["cost_usd"] == pytest.approx(worth(server))
     assert set(server.arrived.values()) == {1}
