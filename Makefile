@@ -1,7 +1,9 @@
-# make repro   everything, from nothing to the result table
-# make quick   the same on a slice of the scenarios, the workspace untouched
-# make gate    may the student go to customers? BASE=REV also compares its cost with a revision's
-# make test    the test suite
+# make repro      everything, from nothing to the result table
+# make quick      the same on a slice of the scenarios, the workspace untouched
+# make estimate   what the paid stages will send and cost, before anything is sent
+# make cache      the paid responses that are kept
+# make gate       may the student go to customers? BASE=REV also compares its cost with a revision's
+# make test       the test suite
 # make pr-comment BASE=main   what this branch does to the results, as a pull request shows it
 
 PYTHON ?= python3.11
@@ -12,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: repro quick gate test lint pr-comment
+.PHONY: repro quick estimate cache gate test lint pr-comment
 
 repro: $(BIN)/.installed
 	dvc repro
@@ -25,6 +27,13 @@ quick: $(BIN)/.installed
 
 gate: $(BIN)/.installed
 	python -m stages.gate $(if $(BASE),--base $(BASE))
+
+estimate: $(BIN)/.installed
+	python -m stages.estimate
+
+cache: $(BIN)/.installed
+	python -m stages.cache list
+	python -m stages.cache size
 
 test: $(BIN)/.installed
 	python -m pytest

@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import email.utils
 import json
+import math
 import os
-from collections.abc import AsyncIterator
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
+import httpx2
 import openai
-from openai.types.chat import ChatCompletion
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from agent.paths import CACHE
+from agent.responses import RESPONSES, Completion, Responses, request_key
+from agent.spend import FREE, EndpointFailure, Price, Room, Spend, Stopped, Usage
+from schemas.action import ActionError, ActionFault, parse_action
 from schemas.errors import InputError
 
-RESPONSES = CACHE / "responses"
-"""Paid responses, outside every DVC output: DVC deletes a stage's outputs before it runs."""
 SIMULATOR = "simulator"
 """The `base_url` that means: start the bundled simulator for the time of the stage."""
-RETRIES = 6
+TRIES = 8
+"""How often a request is sent before its conversation is given up: about a minute of waiting at most, Retry-After apart."""
+PAID_TRIES = 2
+"""The same, where the server answered and charged for something that cannot be used."""
+BACKOFF_S, MAX_BACKOFF_S, MAX_RETRY_AFTER_S = 0.5, 30.0, 300.0
+GIVEN_UP_IN_A_ROW = 8
+"""Calls given up one after the other, over all conversations, after which the endpoint counts as down."""
+GIVEN_UP_AT_FIRST = 3
+"""The same, before the endpoint has answered anything."""
+CHARS_PER_TOKEN = 3
+"""For servers that report no usage; fewer than the usual four, so that the dollars are rather too many."""
+OURS = {"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "seed", "response_format", "stream", "n"}
+"""Fields of a request that have a parameter of their own, or that would change what an answer is."""
+KEY_PIECE = 6
+"""A server's message that holds this many characters of the key in a row is not repeated."""
 
 
 class EndpointParams(BaseModel):
@@ -32,101 +51,483 @@ class EndpointParams(BaseModel):
     base_url: str = Field(min_length=1)
     model: str = Field(min_length=1)
     api_key_env: str | None
-    temperature: float = Field(ge=0)
+    temperature: float | None = Field(ge=0, description="null leaves it to the server")
     max_tokens: int = Field(gt=0)
+    extra: dict[str, Any] = Field(default={}, description="further fields of the request, sent as they are")
     max_concurrency: int = Field(gt=0)
-    timeout_s: float = Field(gt=0)
+    timeout_s: float = Field(gt=0, description="for one try, from the first byte sent to the last one received")
+    price: Price | None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the bundled simulator plays this model."""
+        return self.base_url == SIMULATOR
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One answer and the tokens that the server counted for it."""
+def check_endpoint(params: EndpointParams) -> None:
+    """Refuse what would put a secret where it can be read, or spoil the requests. The messages repeat no URL and no key.
 
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
+    Raises:
+        InputError: the base URL holds credentials or a query, is no URL, `api_key_env` is no variable's name, or `extra`
+            holds a field that is ours.
+    """
+    if params.api_key_env is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", params.api_key_env):
+        raise InputError(f"api_key_env of the model '{params.model}' is not the name of an environment variable (A–Z, 0–9 and _)",
+                         "write the key into an environment variable, and that variable's name into params.yaml")
+    if taken := sorted(OURS & params.extra.keys()):
+        raise InputError(f"extra of the model '{params.model}' may not hold '{taken[0]}'", "it has a parameter of its own, or is not for you to set")
+    if params.simulated:
+        return
+    try:
+        parts = urlsplit(params.base_url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise InputError(f"base_url of the model '{params.model}' is neither a URL nor '{SIMULATOR}'", "write it as https://host/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise InputError(f"base_url of the model '{params.model}' holds credentials or a query",
+                         "write it as https://host/v1, and name the environment variable that holds the key in api_key_env")
 
 
-class EndpointFailure(Exception):
-    """The endpoint gave no usable answer after all retries. Never the model's fault."""
+def api_key(params: EndpointParams) -> str:
+    """The key, from the environment and nowhere else.
+
+    Raises:
+        InputError: the environment variable that should hold it is not set, or holds what cannot be sent.
+    """
+    if params.api_key_env is None:
+        return "none"
+    key = os.environ.get(params.api_key_env, "").strip()
+    if not key:
+        raise InputError(f"the environment variable {params.api_key_env} is not set", f"export {params.api_key_env}=…")
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"the environment variable {params.api_key_env} holds characters that no key has", f"export {params.api_key_env}=… anew")
+    return key
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+def _whole(text: Any) -> Any:
+    # Half a surrogate pair, escaped, is JSON but no text that could be stored or sent.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(text, str) else text
+
+
+_Text = Annotated[str, BeforeValidator(_whole)] | None
+
+
+class _Message(_Wire):
+    content: _Text = None
+    reasoning_content: _Text = None
+    reasoning: _Text = None
+    refusal: _Text = None
+
+
+class _Choice(_Wire):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Details(_Wire):
+    cached_tokens: int | None = Field(default=None, ge=0)
+
+
+class _Usage(_Wire):
+    prompt_tokens: int = Field(ge=0)
+    completion_tokens: int = Field(default=0, ge=0)
+    prompt_tokens_details: _Details | None = None
+
+
+class _Answer(_Wire):
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Usage | None = None
+
+
+class _Metered(_Wire):
+    """The usage of an answer that is of no use otherwise."""
+
+    usage: _Usage
+
+
+class _Again(Exception):
+    """This try failed, and another may do better."""
+
+    def __init__(self, why: str, wait_s: float | None = None, *, unreachable: bool = False, paid: bool = False) -> None:
+        super().__init__(why)
+        self.why, self.wait_s, self.unreachable, self.paid = why, wait_s, unreachable, paid
+
+
+class _Refused(Exception):
+    """The server does not take this request (400, 422 and the like): sending it again is of no use."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status, self.words = status, words
+
+
+@dataclass(frozen=True)
+class _Dialect:
+    """Which of the optional parts of a request the server takes; found out with the first call, and noted in the cache."""
+
+    output: Literal["json_schema", "json_object", "text"] = "json_schema"
+    seed: bool = True
+    max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    def lesser(self, request: dict[str, Any], words: str) -> _Dialect | None:
+        """The next one to try after a refusal: without what the server's words name, else with less of structured output."""
+        if "max_completion_tokens" in words and self.max_tokens == "max_tokens":
+            return replace(self, max_tokens="max_completion_tokens")
+        if "seed" in words and self.seed:
+            return replace(self, seed=False)
+        return self.looser if "response_format" in request else None
+
+    @property
+    def looser(self) -> _Dialect:
+        """With one grade less of structured output."""
+        return replace(self, output="json_object" if self.output == "json_schema" else "text")
+
+
+class _Gate:
+    """How many calls may be in flight: additive increase, multiplicative decrease (Chiu and Jain, 1989), from 1 to `most`."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._limit = most, float(most)
+        self._in_flight = 0
+        self._cut_at = self._not_before = -math.inf
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[float]:
+        """Wait for a slot, and for the time that the server asked for; gives the time at which the call starts."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._in_flight < int(self._limit))
+            self._in_flight += 1
+        try:
+            while (wait := self._not_before - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            yield time.monotonic()
+        finally:
+            async with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
+
+    def succeeded(self) -> None:
+        """One more slot after each round of successes."""
+        self._limit = min(self._most, self._limit + 1 / self._limit)
+
+    def overloaded(self, started: float, wait_s: float | None) -> None:
+        """Half the slots; once for all the calls that were in flight together."""
+        if started > self._cut_at:
+            self._limit, self._cut_at = max(1.0, self._limit / 2), time.monotonic()
+        if wait_s is not None:
+            self._not_before = max(self._not_before, time.monotonic() + wait_s)
 
 
 class Endpoint:
     """Sends chat requests; keeps every answer, so that none is paid for twice.
 
-    The cache key covers the base URL, the model, the whole request and the sample index. The simulator costs nothing
-    and answers from files that may change, so it is not cached.
+    Args:
+        url: where the server is; that of the simulator is not its `base_url`.
+        responses: the store. None for the simulator, which costs nothing and answers from files that may change.
+        offline: answer from the store or not at all.
     """
 
-    def __init__(self, params: EndpointParams, url: str, key: str, cache: Any | None) -> None:
+    def __init__(self, params: EndpointParams, url: str, key: str, responses: Responses | None, spend: Spend, *, offline: bool = False) -> None:
         self.params = params
-        self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=params.timeout_s, max_retries=RETRIES)
-        self._slots = asyncio.Semaphore(params.max_concurrency)
-        self._cache = cache
+        self._url, self._key, self._responses, self._spend, self._offline = url.rstrip("/"), key, responses, spend, offline
+        self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=params.timeout_s, max_retries=0)
+        self._price = FREE if params.simulated else params.price
+        self._gate = _Gate(params.max_concurrency)
+        self._dialects: dict[bool, _Dialect] = {}
+        self._settling = asyncio.Lock()
+        self._answered = False
+        self._given_up = 0
 
-    async def chat(self, messages: list[dict[str, str]], sample: int = 0) -> Completion:
+    async def chat(self, messages: list[dict[str, str]], sample: int = 0, schema: dict[str, Any] | None = None) -> Completion:
         """One completion.
 
         Args:
             messages: OpenAI chat messages.
             sample: which of several answers to the same request; sent as the seed.
+            schema: a JSON schema of the answer, for servers that can hold the model to it.
 
         Raises:
-            EndpointFailure: no answer after the client's retries.
-            InputError: the server refuses the key or does not know the model.
+            EndpointFailure: no usable answer after all tries, or (`Stopped`) the stage is ending early.
         """
-        request: dict[str, Any] = {
-            "model": self.params.model, "messages": messages, "temperature": self.params.temperature,
-            "max_tokens": self.params.max_tokens, "seed": sample}
-        key = hashlib.sha256(json.dumps([self.params.base_url, request], sort_keys=True).encode()).hexdigest()
-        if self._cache is not None and (stored := self._cache.get(key)) is not None:
-            return Completion(**stored)
-        async with self._slots:
-            completion = await self._send(request)
-        if self._cache is not None:
-            self._cache.set(key, asdict(completion))
+        try:
+            if self._responses is None:
+                if self._offline:
+                    raise EndpointFailure("not in the cache")
+                return await self._ask(messages, sample, schema)
+            if stored := self._stored(messages, sample, schema):
+                return stored
+            if self._offline:
+                raise EndpointFailure("not in the cache")
+            async with self._responses.asking(self._key_of(self._request(messages, sample, schema, _Dialect()), sample)):
+                # Whoever asked before us may have it by now.
+                return self._stored(messages, sample, schema) or await self._ask(messages, sample, schema)
+        except InputError as error:
+            self._spend.stop(error)
+            raise Stopped(str(error)) from None
+
+    def _key_of(self, request: dict[str, Any], sample: int) -> str:
+        return request_key(self.params.base_url, request, sample)
+
+    def _stored(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion | None:
+        """The answer to the request as we would send it now or may have sent it before we knew the server."""
+        assert self._responses is not None
+        known, _ = self._dialect(schema)
+        outputs: list[Literal["json_schema", "json_object", "text"]] = ["json_schema", "json_object", "text"] if schema else [known.output]
+        for output in sorted(outputs, key=lambda output: output != known.output):
+            key = self._key_of(self._request(messages, sample, schema, replace(known, output=output)), sample)
+            if stored := self._responses.get(key):
+                self._answered = True
+                self._spend.reused += 1
+                if stored.cost_usd is None and self._price:  # the price was not known then
+                    cost = self._price.of(stored.prompt_tokens, stored.cached_tokens, stored.completion_tokens)
+                    stored = stored.model_copy(update={"cost_usd": cost})
+                self._spend.count(key, stored.usage)
+                return stored
+        return None
+
+    def _request(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None, dialect: _Dialect) -> dict[str, Any]:
+        request: dict[str, Any] = {"model": self.params.model, "messages": messages, dialect.max_tokens: self.params.max_tokens}
+        if self.params.temperature is not None:
+            request["temperature"] = self.params.temperature
+        if dialect.seed:
+            request["seed"] = sample
+        # The simulator answers from what is written: there is nothing to hold to a schema.
+        if schema is not None and not self.params.simulated:
+            if dialect.output == "json_schema":
+                request["response_format"] = {"type": "json_schema", "json_schema": {"name": "step", "strict": True, "schema": schema}}
+            elif dialect.output == "json_object":
+                request["response_format"] = {"type": "json_object", "schema": schema}
+        return request | self.params.extra
+
+    def _dialect(self, schema: dict[str, Any] | None) -> tuple[_Dialect, bool]:
+        """What is known of the server, and whether it is settled."""
+        structured = schema is not None and not self.params.simulated
+        if structured not in self._dialects and self._responses is not None and (note := self._responses.note(self._note_name(structured))):
+            self._dialects[structured] = _Dialect(**note)
+        return self._dialects.get(structured, _Dialect()), structured in self._dialects or self.params.simulated
+
+    def _note_name(self, structured: bool) -> str:
+        return f"{self.params.base_url.rstrip('/')} {self.params.model} {'schema' if structured else 'plain'}"
+
+    def _settle(self, schema: dict[str, Any] | None, dialect: _Dialect) -> None:
+        structured = schema is not None and not self.params.simulated
+        if self._dialects.get(structured) != dialect:
+            self._dialects[structured] = dialect
+            if self._responses is not None:
+                self._responses.set_note(self._note_name(structured), asdict(dialect))
+
+    async def _ask(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion:
+        """Ask the server; the first call of all goes alone, to find out which parts of a request the server takes."""
+        if not self._dialect(schema)[1]:
+            async with self._settling:
+                if not self._dialect(schema)[1]:  # else whoever went before us has found out
+                    return await self._ask_in(messages, sample, schema)
+        return await self._ask_in(messages, sample, schema)
+
+    async def _ask_in(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion:
+        dialect, _ = self._dialect(schema)
+        while True:
+            request = self._request(messages, sample, schema, dialect)
+            try:
+                completion = await self._tries(request, sample)
+            except _Refused as refused:
+                if (lesser := dialect.lesser(request, refused.words)) is None:
+                    raise self._give_up(f"HTTP {refused.status}", refused.words, down=False) from None
+                dialect = lesser
+                continue
+            if "response_format" in request and completion.finish_reason == "stop" and _ignores_schema(completion.text):
+                dialect = dialect.looser
+            self._settle(schema, dialect)
+            return completion
+
+    async def _tries(self, request: dict[str, Any], sample: int) -> Completion:
+        paid = 0
+        for attempt in range(TRIES):
+            try:
+                return await self._one_try(request, sample)
+            except _Again as again:
+                last = again
+            paid += last.paid
+            if paid == PAID_TRIES or attempt + 1 == TRIES:
+                break
+            if not last.wait_s:  # where the server named a time, the gate keeps it
+                await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (attempt + 1))))
+        raise self._give_up(last.why, "", down=not last.paid, unreachable=last.unreachable)
+
+    def _give_up(self, why: str, words: str, *, down: bool, unreachable: bool = False) -> EndpointFailure:
+        """Record a call that is given up; the whole stage stops if the endpoint is plainly down.
+
+        A request that the server refuses or answers with nothing is no sign of that once the endpoint has answered others.
+        """
+        if down or not self._answered:
+            self._given_up += 1
+        said = f" ({words})" if words else ""
+        if not self._answered and unreachable:
+            self._spend.stop(InputError(f"{self.params.base_url} cannot be reached", "check base_url in params.yaml, and that the server runs"))
+        elif self._given_up >= (GIVEN_UP_IN_A_ROW if self._answered else GIVEN_UP_AT_FIRST):
+            self._spend.stop(InputError(
+                f"{self.params.base_url} gave no usable answer to {self._given_up} calls in a row, the last time: {why}{said}",
+                "every answer so far is kept: run again once the endpoint is well"))
+        return EndpointFailure(why)
+
+    async def _one_try(self, request: dict[str, Any], sample: int) -> Completion:
+        worst = len(json.dumps(request, ensure_ascii=False).encode("utf-8", "replace"))
+        worst_usd = self._price.of(worst, 0, self.params.max_tokens) if self._price else 0.0
+        async with self._gate.slot() as started, self._spend.room_for(worst_usd) as room:
+            try:
+                async with asyncio.timeout(self.params.timeout_s):
+                    body = await self._client.post("/chat/completions", body=request, cast_to=str)
+            except (TimeoutError, openai.APITimeoutError):
+                room.lost()
+                raise _Again(f"no answer within {self.params.timeout_s:g} s") from None
+            except openai.APIStatusError as error:
+                raise self._status(error, started) from None
+            except openai.APIConnectionError as error:
+                if unreachable := isinstance(error.__cause__, httpx2.ConnectError):
+                    raise _Again("no connection", unreachable=unreachable) from None
+                room.lost()
+                raise _Again("the connection broke") from None
+            completion = self._read(body, request, sample, room)
+            self._gate.succeeded()
+            return completion
+
+    def _status(self, error: openai.APIStatusError, started: float) -> Exception:
+        """What a status code means for this call, and for the stage."""
+        status, words = error.status_code, self._words(error)
+        url, variable = self.params.base_url, self.params.api_key_env
+        if status == 401 or (status == 403 and not self._answered):
+            hint = f"check the environment variable {variable}" if variable else "name the environment variable that holds the key in api_key_env"
+            return InputError(f"{url} refuses the key (HTTP {status})", hint)
+        if status == 402:
+            return InputError(f"{url} wants to be paid first (HTTP 402)", "every answer so far is kept: top up the account and run again")
+        if status == 404:
+            return InputError(f"{url} does not serve the model '{self.params.model}' (HTTP 404)", "correct base_url or model in params.yaml")
+        if status not in (408, 409, 425, 429) and status < 500:
+            return _Refused(status, words)
+        wait_s = _retry_after(error.response.headers.get("retry-after"))
+        if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:
+            return InputError(f"{url} asks to wait {wait_s:.0f} s (HTTP {status})", "every answer so far is kept: run again after that time")
+        if status in (429, 503, 529):
+            self._gate.overloaded(started, wait_s)
+        return _Again(f"HTTP {status}", wait_s if status in (429, 503, 529) else None)
+
+    def _words(self, error: openai.APIStatusError) -> str:
+        """What the server says is wrong, at most 200 characters and without the key."""
+        body = error.body if isinstance(error.body, dict) else {}
+        words = " ".join(str(body.get("message") or body.get("detail") or error.response.text).split())
+        if self.params.api_key_env and any(self._key[at : at + KEY_PIECE] in words for at in range(max(1, len(self._key) - KEY_PIECE + 1))):
+            return "its words are left out, for they hold a part of the key"
+        return words[:200]
+
+    def _read(self, body: str, request: dict[str, Any], sample: int, room: Room) -> Completion:
+        """The answer in a response's body, stored before anything else happens."""
+        if self.params.api_key_env and len(self._key) > KEY_PIECE:
+            body = body.replace(self._key, "[key]")
+        try:
+            document = json.loads(body)
+        except (ValueError, RecursionError):
+            room.lost()
+            raise _Again("the answer is no JSON") from None
+        try:
+            answer = _Answer.model_validate(document)
+        except ValidationError:
+            self._unusable(document, room)
+            raise _Again("the answer is no chat completion", paid=True) from None
+        choice = answer.choices[0]
+        content = choice.message.content or choice.message.refusal or ""
+        reasoning = choice.message.reasoning_content or choice.message.reasoning or ""
+        completion = Completion(
+            base_url=self.params.base_url, model=self.params.model, stored=time.time(), content=content, reasoning=reasoning,
+            finish_reason=choice.finish_reason or "", **asdict(self._usage(answer.usage, request, content + reasoning)))
+        if not completion.text.strip() and completion.finish_reason != "length":
+            room.paid(None, completion.usage)
+            raise _Again("the answer holds no text", paid=True)
+        key = None
+        if self._responses is not None:
+            self._responses.put(key := self._key_of(request, sample), completion)
+        room.paid(key or f"{self._spend.sent}", completion.usage)
+        self._answered, self._given_up = True, 0
         return completion
 
-    async def _send(self, request: dict[str, Any]) -> Completion:
+    def _usage(self, counted: _Usage | None, request: dict[str, Any], text: str) -> Usage:
+        if counted is None:
+            prompt, cached, written = len(json.dumps(request["messages"], ensure_ascii=False)) // CHARS_PER_TOKEN, 0, len(text) // CHARS_PER_TOKEN
+        else:
+            prompt, written = counted.prompt_tokens, counted.completion_tokens
+            cached = min(prompt, (counted.prompt_tokens_details and counted.prompt_tokens_details.cached_tokens) or 0)
+        return Usage(prompt, cached, written, self._price.of(prompt, cached, written) if self._price else None)
+
+    def _unusable(self, document: Any, room: Room) -> None:
+        """Count what an answer that cannot be used cost, where it says so."""
         try:
-            answer = await self._client.chat.completions.create(**request)
-        except (openai.AuthenticationError, openai.PermissionDeniedError):
-            raise InputError(f"{self.params.base_url} refuses the key", f"check the environment variable {self.params.api_key_env}") from None
-        except openai.NotFoundError:
-            raise InputError(f"{self.params.base_url} does not serve the model '{self.params.model}'",
-                             "correct base_url or model in params.yaml") from None
-        except openai.OpenAIError as error:
-            raise EndpointFailure(type(error).__name__) from error
-        if not isinstance(answer, ChatCompletion):
-            raise EndpointFailure("the answer is no chat completion")
-        if not answer.choices or answer.choices[0].message.content is None:
-            raise EndpointFailure("the answer holds no text")
-        usage = answer.usage
-        return Completion(answer.choices[0].message.content,
-                          usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+            counted = _Metered.model_validate(document).usage
+        except ValidationError:
+            room.lost()
+        else:
+            room.paid(None, self._usage(counted, {"messages": []}, ""))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+
+def _ignores_schema(text: str) -> bool:
+    """Whether a text shows that nothing held the model to the schema: no JSON object, or an action that is none of the six."""
+    try:
+        parse_action(text)
+    except ActionError as error:
+        return error.fault in (ActionFault.NOT_ONE_JSON_OBJECT, ActionFault.UNKNOWN_ACTION)
+    return False
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3: a number or a date); None without a usable one."""
+    if not header:
+        return None
+    try:
+        wait_s = float(header)
+    except ValueError:
+        try:
+            wait_s = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(0.0, wait_s) if math.isfinite(wait_s) else None
 
 
 @asynccontextmanager
-async def open_endpoint(params: EndpointParams, simulator_url: str | None) -> AsyncIterator[Endpoint]:
-    """An endpoint for the time of a `with` block.
+async def open_endpoints(spend: Spend, simulator_url: str | None, *sections: EndpointParams,
+                         offline: bool = False) -> AsyncIterator[Sequence[Endpoint]]:
+    """Endpoints for the time of a `with` block, with one store and one budget.
+
+    Args:
+        spend: what they spend together.
+        simulator_url: where the simulator is, for those that it plays.
+        offline: answer from the store or not at all; no key is needed.
 
     Raises:
-        InputError: the environment variable that should hold the key is not set.
+        InputError: a key is not set, an endpoint is not well described, or a budget is set and a price is missing.
     """
-    key = os.environ.get(params.api_key_env, "") if params.api_key_env else "none"
-    if not key:
-        raise InputError(f"the environment variable {params.api_key_env} is not set", f"export {params.api_key_env}=…")
-    simulated = params.base_url == SIMULATOR
-    url = simulator_url if simulated else params.base_url
-    assert url is not None, "a simulated endpoint needs the simulator's address"
-    endpoint = Endpoint(params, url, key, None if simulated else _open_cache())
+    for params in sections:
+        check_endpoint(params)
+        if spend.budget_usd is not None and not params.simulated and params.price is None:
+            raise InputError(f"{spend.section}.budget_usd is set, and the model '{params.model}' has no price, so nothing would be counted",
+                             "write its price (input, cached_input and output, dollars per million tokens) into params.yaml")
+    keys = ["none" if offline else api_key(params) for params in sections]
+    responses = Responses(RESPONSES)
+    endpoints = [
+        Endpoint(params, (simulator_url or "http://simulator") if params.simulated else params.base_url, key,
+                 None if params.simulated else responses, spend, offline=offline)
+        for params, key in zip(sections, keys, strict=True)]
     try:
-        yield endpoint
+        yield endpoints
     finally:
-        await endpoint._client.close()
-
-
-def _open_cache() -> Any:
-    import diskcache
-
-    return diskcache.Cache(str(RESPONSES), disk=diskcache.JSONDisk, eviction_policy="none")
+        for endpoint in endpoints:
+            await endpoint.close()
+        responses.close()

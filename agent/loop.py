@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from agent.endpoint import Completion, Endpoint, EndpointFailure
+from agent.endpoint import Endpoint
 from agent.protocol import DONE, agent_chat, customer_chat
+from agent.responses import Completion
+from agent.spend import EndpointFailure, Usage
 from agent.world import World
-from schemas.action import TOOLS, ActionError, ActionName, parse_action
+from schemas.action import (
+    TOOLS,
+    ActionError,
+    ActionName,
+    action_json_schema,
+    parse_action,
+)
 from schemas.company import Company, Scenario
 from schemas.traces import Message, Role
 
@@ -17,22 +25,28 @@ MAX_STEPS = 16
 
 @dataclass
 class Transcript:
-    """A conversation as held, what each message cost, and whether the endpoint failed in it."""
+    """A conversation as held, what each message cost, the calls behind it, and whether the endpoint failed in it."""
 
     messages: list[Message] = field(default_factory=list)
-    costs: list[tuple[int, int]] = field(default_factory=list)
+    costs: list[Usage] = field(default_factory=list)
     failure: str | None = None
+    calls: dict[Role, int] = field(default_factory=lambda: {Role.AGENT: 0, Role.CUSTOMER: 0})
+    cut_short: int = 0
 
     def add(self, role: Role, content: str, completion: Completion | None = None) -> None:
         """Append a message, with what the endpoint counted for it."""
         self.messages.append(Message(role, content))
-        self.costs.append((completion.prompt_tokens, completion.completion_tokens) if completion else (0, 0))
+        self.costs.append(completion.usage if completion else Usage())
+
+    def count(self, role: Role, completion: Completion) -> None:
+        """Count a call by who answered it, and whether `max_tokens` cut the answer."""
+        self.calls[role] += 1
+        self.cut_short += completion.finish_reason == "length"
 
     def also_cost(self, completion: Completion) -> None:
         """Count a call that left no message towards the last one."""
         if self.costs:
-            prompt, answer = self.costs[-1]
-            self.costs[-1] = prompt + completion.prompt_tokens, answer + completion.completion_tokens
+            self.costs[-1] += completion.usage
 
 
 async def converse(company: Company, scenario: Scenario, world: World, teacher: Endpoint, customer: Endpoint, sample: int) -> Transcript:
@@ -42,17 +56,22 @@ async def converse(company: Company, scenario: Scenario, world: World, teacher: 
     conversation would be rejected anyway, so no more is paid for it), or when an endpoint gives up.
     """
     transcript = Transcript()
+    schema = action_json_schema(company.profile.ticket_categories)
     steps = 0
     try:
         while steps < MAX_STEPS:
             said = await customer.chat(customer_chat(company, scenario, transcript.messages), sample)
+            transcript.count(Role.CUSTOMER, said)
             if DONE in said.text:
                 transcript.also_cost(said)
                 break
+            if not said.text.strip():
+                raise EndpointFailure("the customer's answer was cut at max_tokens before it said anything")
             transcript.add(Role.CUSTOMER, said.text.strip(), said)
             while steps < MAX_STEPS:
                 steps += 1
-                answer = await teacher.chat(agent_chat(company, transcript.messages), sample)
+                answer = await teacher.chat(agent_chat(company, transcript.messages), sample, schema)
+                transcript.count(Role.AGENT, answer)
                 transcript.add(Role.AGENT, answer.text, answer)
                 try:
                     action = parse_action(answer.text)

@@ -41,8 +41,9 @@ class ExactCounts(RootModel[Annotated[dict[str, dict[Model, ExactCounted]], Fiel
 
 
 class JudgeCounts(BaseModel):
-    """`metrics/eval_judge_counts.json`: who judged, and beside it company -> model -> counts."""
+    """`metrics/eval_judge_counts.json`: who judged, what that cost, and beside it company -> model -> counts."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, dict[Model, JudgeCounted]]
     judge: str
+    cost: dict[str, Count | float | None]

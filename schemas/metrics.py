@@ -28,7 +28,9 @@ class TeacherGenMetrics(_Metrics):
     agent_turns: Count
     infrastructure_failures: Count
     prompt_tokens: Count
+    cached_tokens: Count
     completion_tokens: Count
+    cost_usd: float | None = Field(ge=0, description="what the table's rows cost when they were paid for")
 
 
 class Turns(_Metrics):

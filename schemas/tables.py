@@ -48,7 +48,9 @@ class Traces(Conversations):
     attempt: int = pa.Field(ge=0)
     teacher: str
     prompt_tokens: int = pa.Field(ge=0)
+    cached_tokens: int = pa.Field(ge=0, description="of the prompt's, those that the provider read from its prefix cache")
     completion_tokens: int = pa.Field(ge=0)
+    cost_usd: float = pa.Field(ge=0, nullable=True, description="dollars when it was paid for, null where no price is known")
     failure: str = pa.Field(nullable=True, description="why the endpoint gave up on this conversation")
 
 

@@ -21,14 +21,22 @@ from schemas.company import load_companies
 from simulator.server import make_app
 
 
+def _fault(error: ValidationError | KeyError, role: str) -> str:
+    """What is wrong with a role's section; an unknown key before a missing one, since a misspelt key is both."""
+    if isinstance(error, KeyError):
+        return f"simulator.{role}: missing"
+    first = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    key = ".".join(["simulator", role, *map(str, first["loc"])])
+    return f"unknown parameter '{key}'" if first["type"] == "extra_forbidden" else f"{key}: {first['msg']}"
+
+
 def main() -> None:
     # By name, so that an edit to the judge leaves the stage that the teacher plays in up to date.
     role = import_module(f"simulator.{sys.argv[1]}")
     try:
         rates = role.Rates.model_validate(yaml.safe_load(Path("params.yaml").read_text(encoding="utf-8"))["simulator"][sys.argv[1]])
     except (ValidationError, KeyError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": error.args, "msg": "missing"}
-        print(f"error: params.yaml: simulator.{sys.argv[1]}.{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        print(f"error: params.yaml: {_fault(error, sys.argv[1])}")
         return
     app = make_app(role.Player(load_companies(), rates).answer)
     # asyncio turns off Nagle's delay (40 ms an answer) only on sockets that say they are TCP.

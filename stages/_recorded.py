@@ -63,7 +63,7 @@ class Logs:
         return {
             "teacher": TEACHER, "customer": TEACHER, "scenarios_per_company": 0, "scenarios": 0, "conversations": mapped,
             "agent_turns": sum(row["role"] == "agent" for row in self.traces), "infrastructure_failures": 0,
-            "prompt_tokens": 0, "completion_tokens": 0,
+            "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0, "cost_usd": 0.0,
             "recorded": {
                 "in": len(self.lines), "mapped": mapped, "unmapped": reasons.total(),
                 "reasons": {reason.value: reasons[reason] for reason in UnmappedReason},
@@ -95,7 +95,8 @@ def read_logs(params: RecordedParams, data: DataParams) -> Logs:
         line |= {"conversation_id": name, "system": mapped.system, "left_out": mapped.left_out}
         logs.traces += [
             {"conversation_id": name, "company": line["company"], "scenario": None, "attempt": 0, "teacher": TEACHER, "failure": None,
-             "index": index, "role": message.role.value, "content": message.content, "prompt_tokens": 0, "completion_tokens": 0}
+             "index": index, "role": message.role.value, "content": message.content,
+             "prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0, "cost_usd": 0.0}
             for index, message in enumerate(mapped.messages)]
     _check(logs, params, data)
     return logs

@@ -13,13 +13,15 @@ import asyncio
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
 from tqdm import tqdm
 
-from agent.endpoint import SIMULATOR, EndpointFailure, EndpointParams, open_endpoint
-from schemas.errors import InputError
+from agent.endpoint import EndpointParams, open_endpoints
+from agent.spend import EndpointFailure, Spend
 from schemas.metrics import JudgeMetrics
 from schemas.tables import SCORED, Judgements, Predictions, Verified
 from schemas.traces import Message
@@ -50,6 +52,7 @@ _VERDICT = re.compile(r'\{\s*"verdict"\s*:\s*"(acceptable|not_acceptable)"\s*\}'
 class EvalJudgeParams(Params):
     """`eval_judge`."""
 
+    budget_usd: float | None = Field(gt=0, description="what the verdicts may cost, paid now or before; null = no cap")
     judge: EndpointParams
 
 
@@ -79,23 +82,40 @@ def read_verdict(answer: str) -> str:
 
 
 async def judge_all(rows: list[dict[str, Any]], held: dict[str, Conversation],
-                    params: EvalJudgeParams, simulator_url: str | None) -> list[str]:
-    """The judge's raw answer for every row; empty where the endpoint gave none."""
-    async with open_endpoint(params.judge, simulator_url) as judge:
-        bar = tqdm(total=len(rows), desc="eval_judge", unit="turn", file=sys.stderr)
+                    params: EvalJudgeParams, simulator_url: str | None) -> tuple[list[str], dict[str, Any]]:
+    """The judge's raw answer for every row, empty where the endpoint gave none; and what the answers cost when they were paid for.
 
-        async def ask(row: dict[str, Any]) -> str:
-            conversation = held[row["conversation_id"]]
-            try:
-                return (await judge.chat(judge_chat(conversation.system, conversation.messages[: row["index"]], row["raw"]))).text
-            except EndpointFailure:
-                return ""
-            finally:
-                bar.update()
+    Raises:
+        InputError: the budget is used up, or the endpoint is down, refuses the key or does not know the model. What was
+            answered is in the cache.
+    """
+    spend = Spend(params.budget_usd, "eval_judge")
+    if params.budget_usd is not None:
+        await ask_all(rows, held, params.judge, None, spend, offline=True)  # the budget covers what was paid before
+    answers = await ask_all(rows, held, params.judge, simulator_url, spend)
+    if spend.reason:
+        raise spend.reason
+    print(f"eval_judge: {spend.summary()}", file=sys.stderr)
+    return [answer or "" for answer in answers], asdict(spend.data)
 
-        answers = await asyncio.gather(*map(ask, rows))
-        bar.close()
-        return answers
+
+async def ask_all(rows: list[dict[str, Any]], held: dict[str, Conversation], params: EndpointParams, simulator_url: str | None,
+                  spend: Spend, *, offline: bool = False) -> list[str | None]:
+    """The judge's raw answer for every row, or None; `offline` as far as the cache goes."""
+    async with open_endpoints(spend, simulator_url, params, offline=offline) as (judge,):
+        with tqdm(total=len(rows), desc="eval_judge", unit="turn", file=sys.stderr, disable=offline, miniters=0) as bar:
+
+            async def ask(row: dict[str, Any]) -> str | None:
+                conversation = held[row["conversation_id"]]
+                try:
+                    return (await judge.chat(judge_chat(conversation.system, conversation.messages[: row["index"]], row["raw"]))).text
+                except EndpointFailure:
+                    return None
+                finally:
+                    bar.update()
+                    bar.set_postfix_str(spend.progress((spend.data.cost_usd or 0.0) / bar.n * len(rows) if bar.n else 0.0), refresh=False)
+
+            return await asyncio.gather(*map(ask, rows))
 
 
 def scored(judged: pl.DataFrame) -> dict[str, pl.DataFrame]:
@@ -125,10 +145,7 @@ def main() -> None:
     wanted = predictions.filter(pl.col("decoding") == pl.col("model").replace_strict(SCORED))
     held = {conversation.name: conversation for conversation in conversations(read_table(HELD_OUT, Verified))}
     with simulator_for("judge", params.judge) as url:
-        try:
-            answers = asyncio.run(judge_all(wanted.to_dicts(), held, params, url))
-        except* InputError as group:
-            raise group.exceptions[0] from None
+        answers, cost = asyncio.run(judge_all(wanted.to_dicts(), held, params, url))
     judged = wanted.with_columns(pl.Series("answer", answers, dtype=pl.String),
                                  pl.Series("verdict", [read_verdict(answer) for answer in answers], dtype=pl.String))
     write_table(JUDGEMENTS, judged, Judgements)
@@ -137,8 +154,8 @@ def main() -> None:
     counts = {company: {model: score(part) for model, part in models.items()} for company, models in parts.items()}
     write_metrics(METRICS, {company: {model: {name: k / n if n else 0.0 for name, (k, n) in rates.items()} for model, rates in models.items()}
                             for company, models in counts.items()}, JudgeMetrics)
-    name = "simulator" if params.judge.base_url == SIMULATOR else params.judge.model
-    write_metrics(COUNTS, {"judge": name, **{company: {model: {key: clustered_rate(outcome) for key, outcome in scored(part).items()}
+    name = "simulator" if params.judge.simulated else params.judge.model
+    write_metrics(COUNTS, {"judge": name, "cost": cost, **{company: {model: {key: clustered_rate(outcome) for key, outcome in scored(part).items()}
                                                        for model, part in models.items()} for company, models in parts.items()}})
     for company, models in counts.items():
         say(f"eval_judge {company} ({name}): student " + ", ".join(f"{key} {k}/{n}" for key, (k, n) in models["student"].items()))

@@ -4,8 +4,9 @@ Reads   data/companies/, the logs and the mapping of `teacher_gen.recorded`
 Writes  data/teacher_gen/traces.parquet, data/teacher_gen/recorded.parquet, metrics/teacher_gen.json
 
 A conversation that breaks a rule is held again, with another sample, up to `attempts` times; every attempt is kept in
-the table, so that verify sees and counts what the teacher really produced. With `source: recorded` nobody is asked: the
-traces are the logs', and recorded.parquet holds what became of every line; else it has no rows.
+the table, so that verify sees and counts what the teacher really produced. Every answer of a real endpoint is kept in
+.cache/responses: a run that was stopped, or ended at `budget_usd`, goes on from there. With `source: recorded` nobody is
+asked: the traces are the logs', and recorded.parquet holds what became of every line; else it has no rows.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 from tqdm import tqdm
 
-from agent.endpoint import SIMULATOR, Endpoint, EndpointParams, open_endpoint
+from agent.endpoint import Endpoint, EndpointParams, open_endpoints
 from agent.kb import KnowledgeBase
 from agent.loop import Transcript, converse
+from agent.spend import Spend, Usage
 from agent.world import World
 from schemas.company import Company, Scenario
-from schemas.errors import InputError
 from schemas.metrics import TeacherGenMetrics
 from schemas.recorded import Recorded, RecordedGenMetrics, Source
 from schemas.tables import Traces
@@ -53,57 +55,84 @@ class TeacherGenParams(Params):
     source: Source = Field(strict=False)
     recorded: RecordedParams
     attempts: int = Field(ge=1)
+    budget_usd: float | None = Field(gt=0, description="what the conversations may cost, paid now or before; null = no cap")
     teacher: EndpointParams
     customer: EndpointParams
 
 
+Held = list[tuple[Company, Scenario, list[Transcript]]]
+"""Every scenario with the attempts at it, in the order of the corpus."""
+
+
 async def hold_conversations(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None) -> list[dict[str, Any]]:
-    """All conversations, at once as far as the endpoints allow; rows in the order of the corpus."""
-    async with open_endpoint(params.teacher, simulator_url) as teacher, open_endpoint(params.customer, simulator_url) as customer:
-        bases = {slug: KnowledgeBase(company.articles) for slug, company in companies.items()}
-        jobs = [(company, scenario) for company in companies.values() for scenario in company.scenarios]
-        # Twice as many conversations as slots keep every slot busy while tools run.
-        room = asyncio.Semaphore(2 * params.teacher.max_concurrency)
-        bar = tqdm(total=len(jobs), desc="teacher_gen", unit="conv", file=sys.stderr)
+    """All conversations, at once as far as the endpoints allow; rows in the order of the corpus.
 
-        async def job(company: Company, scenario: Scenario) -> list[dict[str, Any]]:
-            async with room:
-                rows = await _attempts(company, scenario, bases[company.slug], params, teacher, customer)
+    Raises:
+        InputError: the budget is used up, or an endpoint is down, refuses the key or does not know the model. What was
+            answered is in the cache.
+    """
+    spend = Spend(params.budget_usd, "teacher_gen")
+    if params.budget_usd is not None:
+        await hold_all(companies, params, None, spend, offline=True)  # the budget covers what was paid before
+    held = await hold_all(companies, params, simulator_url, spend)
+    if spend.reason:
+        raise spend.reason
+    print(f"teacher_gen: {spend.summary()}", file=sys.stderr)
+    if cut := sum(transcript.cut_short for _, _, transcripts in held for transcript in transcripts):
+        print(f"teacher_gen: {cut} answers were cut at max_tokens; raise it if they are many", file=sys.stderr)
+    return [row for company, scenario, transcripts in held for attempt, transcript in enumerate(transcripts)
+            for row in _rows(company, scenario, attempt, params.teacher, transcript)]
+
+
+async def hold_all(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None, spend: Spend, *,
+                   offline: bool = False) -> Held:
+    """Every attempt at every scenario; `offline` as far as the cache goes."""
+    jobs = [(company, scenario) for company in companies.values() for scenario in company.scenarios]
+    bases = {slug: KnowledgeBase(company.articles) for slug, company in companies.items()}
+    finished_usd = 0.0
+    # Twice as many conversations as slots keep every slot busy while tools run.
+    room = asyncio.Semaphore(2 * params.teacher.max_concurrency)
+    async with open_endpoints(spend, simulator_url, params.teacher, params.customer, offline=offline) as (teacher, customer):
+        with tqdm(total=len(jobs), desc="teacher_gen", unit="conv", file=sys.stderr, disable=offline, miniters=0) as bar:
+
+            async def job(company: Company, scenario: Scenario) -> list[Transcript]:
+                nonlocal finished_usd
+                async with room:
+                    transcripts = await _attempts(company, scenario, bases[company.slug], params.attempts, teacher, customer)
+                finished_usd += sum(cost.cost_usd or 0.0 for transcript in transcripts for cost in transcript.costs)
                 bar.update()
-                return rows
+                bar.set_postfix_str(spend.progress(finished_usd / bar.n * len(jobs) if bar.n else 0.0), refresh=False)
+                return transcripts
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(job(company, scenario)) for company, scenario in jobs]
-        bar.close()
-        return [row for task in tasks for row in task.result()]
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(job(company, scenario)) for company, scenario in jobs]
+    return [(company, scenario, task.result()) for (company, scenario), task in zip(jobs, tasks, strict=True)]
 
 
-async def _attempts(company: Company, scenario: Scenario, kb: KnowledgeBase, params: TeacherGenParams,
-                    teacher: Endpoint, customer: Endpoint) -> list[dict[str, Any]]:
-    rows = []
-    for attempt in range(params.attempts):
+async def _attempts(company: Company, scenario: Scenario, kb: KnowledgeBase, attempts: int,
+                    teacher: Endpoint, customer: Endpoint) -> list[Transcript]:
+    transcripts = []
+    for attempt in range(attempts):
         world = World(company, kb, scenario.tickets, scenario.ticket_start)
-        transcript = await converse(company, scenario, world, teacher, customer, sample=attempt)
-        rows += _rows(company, scenario, attempt, params.teacher, transcript)
-        if transcript.failure or examine(transcript.messages, company, scenario) is None:
+        transcripts.append(await converse(company, scenario, world, teacher, customer, sample=attempt))
+        if transcripts[-1].failure or examine(transcripts[-1].messages, company, scenario) is None:
             break
-    return rows
+    return transcripts
 
 
 def _rows(company: Company, scenario: Scenario, attempt: int, teacher: EndpointParams, transcript: Transcript) -> list[dict[str, Any]]:
     common = {
         "conversation_id": f"{company.slug}/{scenario.id}/{attempt}", "company": company.slug, "scenario": scenario.id,
         "attempt": attempt, "teacher": teacher_name(teacher), "failure": transcript.failure}
-    empty = {"index": 0, "role": "customer", "content": "", "prompt_tokens": 0, "completion_tokens": 0}
     return [
-        {**common, "index": index, "role": message.role.value, "content": message.content, "prompt_tokens": cost[0], "completion_tokens": cost[1]}
+        {**common, "index": index, "role": message.role.value, "content": message.content, **asdict(cost)}
         for index, (message, cost) in enumerate(zip(transcript.messages, transcript.costs, strict=True))
-    ] or [{**common, **empty}]
+    ] or [{**common, "index": 0, "role": "customer", "content": "", **asdict(Usage())}]
 
 
 def teacher_name(endpoint: EndpointParams) -> str:
     """What tables and metrics call the model: the simulator is never called anything else."""
-    return "simulator" if endpoint.base_url == SIMULATOR else endpoint.model
+    return "simulator" if endpoint.simulated else endpoint.model
 
 
 def take_recorded(params: RecordedParams, data: DataParams) -> None:
@@ -135,11 +164,8 @@ def main() -> None:
         return
     companies = used_companies(data)
     with simulator_for("actors", params.teacher, params.customer) as url:
-        try:
-            rows = asyncio.run(hold_conversations(companies, params, url))
-        except* InputError as group:
-            raise group.exceptions[0] from None
-    frame = pl.DataFrame(rows, schema_overrides={"failure": pl.String, "scenario": pl.String})
+        rows = asyncio.run(hold_conversations(companies, params, url))
+    frame = pl.DataFrame(rows, schema_overrides={"failure": pl.String, "scenario": pl.String, "cost_usd": pl.Float64})
     write_table(TRACES, frame, Traces)
     write_table(RECORDED, Logs().table(), Recorded)
     agent = frame.filter(pl.col("role") == "agent")
@@ -151,8 +177,8 @@ def main() -> None:
         "conversations": frame["conversation_id"].n_unique(),
         "agent_turns": len(agent),
         "infrastructure_failures": frame.filter(pl.col("failure").is_not_null())["conversation_id"].n_unique(),
-        "prompt_tokens": int(frame["prompt_tokens"].sum()),
-        "completion_tokens": int(frame["completion_tokens"].sum()),
+        **{name: int(frame[name].sum()) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")},
+        "cost_usd": None if frame["cost_usd"].has_nulls() else float(frame["cost_usd"].sum()),
     }
     write_metrics(METRICS, metrics, TeacherGenMetrics)
     say(f"teacher_gen: {metrics['conversations']} conversations of {metrics['scenarios']} scenarios, {metrics['agent_turns']} agent turns "

@@ -61,7 +61,8 @@ def traces(*conversations):
     """A Traces table of (company, scenario, attempt, messages)."""
     return pl.DataFrame([
         {"conversation_id": f"{company}/{scenario}/{attempt}", "company": company, "scenario": scenario, "attempt": attempt, "teacher": "nobody",
-         "failure": None, "index": index, "role": message.role.value, "content": message.content, "prompt_tokens": 0, "completion_tokens": 0}
+         "failure": None, "index": index, "role": message.role.value, "content": message.content, "prompt_tokens": 0,
+         "cached_tokens": 0, "completion_tokens": 0, "cost_usd": 0.0}
         for company, scenario, attempt, messages in conversations for index, message in enumerate(messages)],
         schema_overrides={"failure": pl.String})
 

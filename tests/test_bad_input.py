@@ -101,7 +101,9 @@ def predictions():
     ("calibrate", "rule: max_over_escalation", "rule: cheapest", "calibrate.rule"),
     ("calibrate", "conformal_miss_rate: 0.1", "conformal_miss_rate: 0.0", "greater than 0"),
     ("gate", "min_recall: 0.8", "min_recal: 0.8", "gate.min_recall: Field required"),
-    ("teacher_gen", "broken_json:", "broken_jsn:", "simulator.actors.broken_json: Field required"),
+    ("teacher_gen", "broken_json:", "broken_jsn:", "unknown parameter 'simulator.actors.broken_jsn'"),
+    ("teacher_gen", "    broken_json: 0.01\n", "", "simulator.actors.broken_json: Field required"),
+    ("teacher_gen", "  actors: ", "  actor: ", "simulator.actors: missing"),
 ])
 def test_a_wrong_parameter_is_named(work, stage, old, new, error):
     edit(work / "params.yaml", old, new)
@@ -199,7 +201,10 @@ def test_agent_content_that_is_no_step_is_refused(work):
 
 
 def test_traces_of_other_companies_are_refused(work):
-    put(work, TRACES, traces())
+    traces = table("teashop").drop("system", "kind").with_columns(
+        *(pl.lit(0, pl.Int64).alias(name) for name in ("attempt", "prompt_tokens", "cached_tokens", "completion_tokens")),
+        cost_usd=pl.lit(0.0), teacher=pl.lit("simulator"), failure=pl.lit(None, pl.String))
+    put(work, TRACES, traces)
     error, hint = refused(work, "verify")
     assert "scenario 'a' of 'teashop'" in error and "dvc repro teacher_gen" in hint
 

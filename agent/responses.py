@@ -1,0 +1,196 @@
+"""Paid responses: a content-addressed store outside every DVC output, so that nothing is paid for twice.
+
+A response is one row of an SQLite database in WAL mode (diskcache), written in one transaction as soon as it arrives:
+after a kill it is there whole or not at all. An entry that cannot be read all the same is dropped, and asked anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agent.paths import CACHE
+from agent.spend import Usage
+from schemas.errors import InputError
+
+RESPONSES = CACHE / "responses"
+"""Outside every DVC output: DVC deletes a stage's outputs before it runs."""
+_POLL_S = 0.05
+
+
+class Completion(BaseModel):
+    """One answer as it came, the tokens that the server counted, and what it cost when it was paid for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    base_url: str
+    model: str
+    stored: float = Field(description="Unix time, seconds")
+    content: str
+    reasoning: str
+    finish_reason: str
+    prompt_tokens: int = Field(ge=0)
+    cached_tokens: int = Field(ge=0)
+    completion_tokens: int = Field(ge=0)
+    cost_usd: float | None = Field(ge=0)
+
+    @property
+    def text(self) -> str:
+        """What the model says, without what it thinks.
+
+        The thought may stand before the text, in `<think>…</think>` (the first mark may be part of the server's template
+        and missing), or in a field of its own. A server that takes everything for thought leaves the text in that field.
+        Empty where the answer was cut before the text began.
+        """
+        whole = self.content
+        if not whole.strip() and self.finish_reason != "length":
+            whole = self.reasoning
+        whole = whole.lstrip()
+        if whole.startswith("{"):
+            return whole
+        before, mark, after = whole.partition("</think>")
+        if mark and (before.startswith("<think>") or "<think>" not in before):
+            return after.lstrip()
+        return "" if whole.startswith("<think>") else whole
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens and dollars."""
+        return Usage(self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.cost_usd)
+
+
+def request_key(base_url: str, request: dict[str, Any], sample: int) -> str:
+    """The address of a response: a hash of the base URL, the whole request as sent, and the sample index."""
+    return hashlib.sha256(json.dumps([base_url.rstrip("/"), request, sample], sort_keys=True).encode()).hexdigest()
+
+
+class Responses:
+    """The store. Several processes may use it at once; the folder appears with the first use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._asking: set[str] = set()
+
+    @cached_property
+    def _cache(self) -> Any:
+        import diskcache
+
+        with self._database():
+            return diskcache.Cache(str(self.folder), disk=diskcache.JSONDisk, eviction_policy="none")
+
+    @contextmanager
+    def _database(self) -> Iterator[None]:
+        """Damage to the database itself, a full disk and the like are the user's to mend: nothing paid is thrown away in silence."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise InputError(f"the response cache {self.folder} cannot be used: {error}",
+                             f"see to the disk, or move {self.folder} away to begin a new one; what is in it would then be paid for again") from None
+
+    @cached_property
+    def _locks(self) -> int:
+        assert self._cache is not None
+        return os.open(self.folder / "asking.lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+    def get(self, key: str) -> Completion | None:
+        """The response under a key, or None. An entry that is damaged is deleted."""
+        entry = self._read(key)
+        if entry is None:
+            return None
+        try:
+            return Completion.model_validate(entry)
+        except ValidationError:
+            self._cache.delete(key, retry=True)
+            return None
+
+    def _read(self, key: str) -> Any | None:
+        with self._database():
+            try:
+                return self._cache.get(key, retry=True)
+            except (zlib.error, ValueError, EOFError):
+                self._cache.delete(key, retry=True)
+                return None
+
+    def put(self, key: str, completion: Completion) -> None:
+        """Store a response: when this returns, a kill of the process no longer loses it."""
+        with self._database():
+            self._cache.set(key, completion.model_dump(), retry=True)
+
+    @asynccontextmanager
+    async def asking(self, key: str) -> AsyncIterator[None]:
+        """Be the only one, in any process, that asks for this response.
+
+        A byte of a file is locked, at an offset taken from the key; the system lets go of it when the process ends in
+        whatever way, so no claim outlives its owner.
+        """
+        offset = int(key[:15], 16)
+        while key in self._asking or not self._lock(offset):
+            await asyncio.sleep(_POLL_S)
+        self._asking.add(key)
+        try:
+            yield
+        finally:
+            self._asking.discard(key)
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, offset)
+
+    def _lock(self, offset: int) -> bool:
+        try:
+            fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, offset)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def note(self, name: str) -> dict[str, Any]:
+        """What was noted about an endpoint; empty if nothing was."""
+        found = self._read(f"note:{name}")
+        return found if isinstance(found, dict) else {}
+
+    def set_note(self, name: str, note: dict[str, Any]) -> None:
+        """Remember something about an endpoint from run to run."""
+        with self._database():
+            self._cache.set(f"note:{name}", note, retry=True)
+
+    def entries(self) -> Iterator[tuple[str, Completion]]:
+        """Every response with its key, in the order in which they came."""
+        if not (self.folder / "cache.db").is_file():
+            return
+        for key in self._cache:
+            if isinstance(key, str) and not key.startswith("note:") and (completion := self.get(key)):
+                yield key, completion
+
+    def prune(self, drop: Callable[[Completion], bool]) -> list[Completion]:
+        """Delete the responses that `drop` picks; returns them. Notes about endpoints none of whose responses is left go too."""
+        gone, left = [], set()
+        for key, completion in list(self.entries()):
+            if drop(completion):
+                self._cache.delete(key, retry=True)
+                gone.append(completion)
+            else:
+                left.add((completion.base_url, completion.model))
+        for base_url, model in {(completion.base_url, completion.model) for completion in gone} - left:
+            for key in list(self._cache):
+                if isinstance(key, str) and key.startswith(f"note:{base_url} {model} "):
+                    self._cache.delete(key, retry=True)
+        return gone
+
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def close(self) -> None:
+        """Let go of the database and of every claim."""
+        for name in ("_locks", "_cache"):
+            if (opened := self.__dict__.pop(name, None)) is not None:
+                os.close(opened) if name == "_locks" else opened.close()
+

@@ -1,0 +1,500 @@
+"""The paid path over real HTTP, against a server that misbehaves: what is sent, what is kept, when it stops."""
+
+import asyncio
+import email.utils
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager
+
+import pytest
+
+from agent import endpoint
+from agent.endpoint import EndpointParams, open_endpoints
+from agent.protocol import DONE
+from agent.responses import Completion, Responses
+from agent.spend import EndpointFailure, Spend
+from schemas.action import action_json_schema
+from schemas.errors import InputError
+from simulator.actors import Player, Rates
+from stages import teacher_gen
+from stages._conversations import Conversation
+from stages.eval_judge import EvalJudgeParams, judge_all, read_verdict
+from stages.teacher_gen import TeacherGenParams, hold_conversations
+from tests.helpers import FLAWLESS, PARAMS, agent, closed_port, customer, real, workspace
+from tests.hostile import FAULTS, OK, completion, hostile
+from tests.layout import ROOT
+
+GYM = {"gym": real("gym").model_copy(update={"scenarios": real("gym").scenarios[-4:]})}
+PLAYER = Player(GYM, Rates(**FLAWLESS)).answer
+PRICE = {"input": 1000.0, "cached_input": 100.0, "output": 5000.0}
+HELLO = [{"role": "user", "content": "hello"}]
+STEP = agent("reply", "Yes.").content
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "RESPONSES", tmp_path / "responses")
+    monkeypatch.setattr(endpoint, "BACKOFF_S", 0.01)
+    monkeypatch.setenv("TEACHER_KEY", "a-long-and-secret-key")
+
+
+def elsewhere(url, **changes):
+    ours = {"base_url": url, "model": "paid", "api_key_env": "TEACHER_KEY", "timeout_s": 5.0, "price": PRICE}
+    return {**PARAMS["teacher_gen"]["teacher"], **ours, **changes}
+
+
+def params(url, attempts=1, budget_usd=None, **changes):
+    return TeacherGenParams(attempts=attempts, budget_usd=budget_usd, teacher=elsewhere(url, **changes), customer=elsewhere(url, **changes))
+
+
+def held(url, companies=GYM, **changes):
+    return asyncio.run(hold_conversations(companies, params(url, **changes), None))
+
+
+@asynccontextmanager
+async def opened(url, **changes):
+    spend = Spend(None, "teacher_gen")
+    async with open_endpoints(spend, None, EndpointParams(**elsewhere(url, **changes))) as (one,):
+        one.spend = spend
+        yield one
+
+
+def ask(url, chats=(HELLO,), schema=None, **changes):
+    """The answers to some chats, or the failures, asked at once."""
+    async def together():
+        async with opened(url, **changes) as one:
+            return await asyncio.gather(*(one.chat(chat, schema=schema) for chat in chats), return_exceptions=True)
+    return asyncio.run(together())
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """What a server without faults yields: the rows, and how many requests they take."""
+    with pytest.MonkeyPatch.context() as patch, hostile(PLAYER) as server:
+        patch.setattr(endpoint, "RESPONSES", tmp_path_factory.mktemp("clean"))
+        patch.setenv("TEACHER_KEY", "a-long-and-secret-key")
+        return held(server.url), len(server.log)
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "reset", "half"])
+def test_a_fault_that_passes_changes_nothing(clean, fault):
+    with hostile(PLAYER, lambda _, nth: fault if nth == 0 else OK) as server:
+        assert held(server.url) == clean[0]
+        assert set(server.arrived.values()) == {2} and len(server.arrived) == clean[1], "every request once more, and no more"
+
+
+@pytest.mark.parametrize("fault", ["hang", "trickle"])
+def test_an_answer_that_does_not_end_is_cut_off_and_asked_for_again(clean, fault):
+    with hostile(PLAYER, lambda request, nth: fault if nth == 0 and len(request["messages"]) == 2 else OK) as server:
+        began = time.monotonic()
+        assert held(server.url, timeout_s=0.5) == clean[0]
+        assert server.count(fault) == 8 and time.monotonic() - began < 60, "once for teacher and customer of each conversation"
+
+
+def test_a_slow_start_is_waited_for(clean):
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch, hostile(PLAYER, lambda *_: "503" if time.monotonic() < began + 0.7 else OK) as server:
+        patch.setattr(endpoint, "BACKOFF_S", 0.1)
+        assert held(server.url) == clean[0] and server.count("503") > 1
+
+
+OPENING = GYM["gym"].scenarios[0].turns[0].customer
+
+
+@pytest.mark.parametrize("fault, failure", [
+    ("500", "HTTP 500"), ((400, {}, "{}"), "HTTP 400"), ("reset", "the connection broke"), ("half", "the connection broke"),
+    ("hang", "no answer within 2 s"), ("html", "the answer is no JSON"), ("no choices", "the answer is no chat completion"),
+    ("no text", "the answer holds no text")])
+def test_a_conversation_that_cannot_be_held_is_a_failure_of_the_endpoint_and_is_tried_again_by_the_next_run(clean, monkeypatch, fault, failure):
+    monkeypatch.setattr(endpoint, "TRIES", 2)
+    timeout_s = 2.0 if fault == "hang" else 30.0
+    bad = lambda request, _: fault if any(OPENING in message["content"] for message in request["messages"][:2]) else OK  # noqa: E731
+    with hostile(PLAYER, bad) as server:
+        rows = held(server.url, timeout_s=timeout_s)
+        failed = [row for row in rows if row["failure"]]
+        assert {row["scenario"] for row in failed} == {GYM["gym"].scenarios[0].id} and {row["failure"] for row in failed} == {failure}
+        others = [row for row in rows if not row["failure"]]
+        assert others == [row for row in clean[0] if row["scenario"] != GYM["gym"].scenarios[0].id], "the others went on"
+        answered = {server.digest(request) for _, found, request, _ in server.log if found == OK}
+        before, server.fault = len(server.log), lambda *_: OK
+        assert held(server.url, timeout_s=timeout_s) == clean[0]
+        again = [request for _, _, request, _ in server.log[before:]]
+        assert 0 < len(again) < clean[1] / 2 and all(server.digest(request) not in answered for request in again)
+
+
+def test_an_answer_that_is_cut_at_max_tokens_is_the_models_own(capsys):
+    cut = lambda messages, seed: completion(STEP[:20], "length") if "support agent of" in messages[0]["content"] else PLAYER(messages, seed)  # noqa: E731
+    with hostile(cut) as server:
+        rows = held(server.url)
+        assert {row["failure"] for row in rows} == {None} and set(server.arrived.values()) == {1}
+        assert "4 answers were cut at max_tokens" in capsys.readouterr().err
+        sent = len(server.log)
+        assert held(server.url) == rows and len(server.log) == sent, "it is paid for, so it is kept"
+
+
+@pytest.mark.parametrize("fault, message, hint, most", [
+    ((401, {}, "{}"), "refuses the key", "TEACHER_KEY", 16), ((403, {}, "{}"), "refuses the key", "TEACHER_KEY", 16),
+    ((404, {}, "{}"), "does not serve the model 'paid'", "params.yaml", 16), ((402, {}, "{}"), "wants to be paid", "top up", 16),
+    ((429, {"retry-after": "3600"}, "{}"), "asks to wait 3600 s", "run again", 16),
+    ("500", "no usable answer to 3 calls in a row, the last time: HTTP 500", "run again", 80),
+    ((400, {}, '{"error": {"message": "temperature must be 1"}}'), r"HTTP 400 \(temperature must be 1\)", "run again", 16)])
+def test_an_endpoint_that_cannot_work_stops_the_run_with_one_sentence(tmp_path, fault, message, hint, most):
+    (tmp_path / "data/teacher_gen").mkdir(parents=True)
+    with hostile(PLAYER, lambda *_: fault) as server, pytest.raises(InputError, match=message) as error:
+        held(server.url)
+    assert hint in error.value.hint and 0 < len(server.log) <= most
+
+
+def test_a_server_that_is_not_there_stops_the_run(monkeypatch):
+    monkeypatch.setattr(endpoint, "TRIES", 2)
+    with pytest.raises(InputError, match="cannot be reached"):
+        held(closed_port())
+
+
+def test_a_server_that_goes_down_stops_the_run_and_what_came_before_is_kept(clean, monkeypatch):
+    monkeypatch.setattr(endpoint, "TRIES", 2)
+    companies = {"gym": real("gym").model_copy(update={"scenarios": real("gym").scenarios[-20:]})}
+    player, served = Player(companies, Rates(**FLAWLESS)).answer, []
+    with hostile(player, lambda *_: OK if len(served) < 30 and not served.append(0) else "500") as server:
+        with pytest.raises(InputError, match="no usable answer to 8 calls in a row"):
+            held(server.url, companies)
+        assert server.count("500") <= 2 * (8 + 32)
+        server.fault = lambda *_: OK
+        held(server.url, companies)
+        answered = [server.digest(request) for _, fault, request, _ in server.log if fault == OK]
+        assert len(set(answered)) == len(answered), "nothing that was answered is asked again"
+
+
+def test_conversations_that_the_server_refuses_do_not_stop_a_run_that_has_others(monkeypatch):
+    chats = [[{"role": "user", "content": f"bad {number}"}] for number in range(20)]
+    with hostile(lambda *_: "fine", lambda request, _: (400, {}, "{}") if "bad" in request["messages"][0]["content"] else OK) as server:
+        answers = ask(server.url, [HELLO, *chats])
+    assert answers[0].text == "fine" and all(type(answer) is EndpointFailure for answer in answers[1:]), "none was stopped"
+
+
+def test_the_limit_follows_what_the_server_can_take():
+    chats = [[{"role": "user", "content": f"question {number}"}] for number in range(100)]
+    with hostile(lambda *_: "fine", delay_s=0.05) as server:
+        server.fault = lambda *_: "429" if server.open > 3 else OK
+        answers = ask(server.url, chats, max_concurrency=64)
+        refused = [at for at, fault, *_ in server.log if fault == "429"]
+    assert all(isinstance(answer, Completion) for answer in answers) and len(server.log) - len(refused) == 100
+    assert 0 < len(refused) < 100, "64 at once would be refused far more often than they are answered"
+
+
+@pytest.mark.parametrize("header", [lambda: "1", lambda: email.utils.formatdate(time.time() + 2, usegmt=True)], ids=["seconds", "date"])
+def test_retry_after_is_kept_by_all_calls(header):
+    with hostile(lambda *_: "fine", lambda _, nth: OK) as server:
+        server.fault = lambda *_: (429, {"retry-after": header()}, "{}") if len(server.log) == 1 else OK
+        ask(server.url, [[{"role": "user", "content": str(number)}] for number in range(6)], max_concurrency=1)
+    arrivals = [at for at, *_ in server.log]
+    assert arrivals[2] - arrivals[1] > 0.9 and len(server.log) == 7
+
+
+@pytest.mark.parametrize("header, wait_s", [(None, None), ("", None), ("soon", None), ("nan", None), ("-3", 0.0), ("2.5", 2.5), ("inf", None)])
+def test_a_retry_after_that_says_nothing_is_not_kept(header, wait_s):
+    assert endpoint._retry_after(header) == wait_s
+
+
+# Cache
+
+
+def test_a_change_pays_for_the_difference_only():
+    companies = {"gym": real("gym").model_copy(update={"scenarios": real("gym").scenarios[-8:]})}
+    player = Player(companies, Rates(**{**FLAWLESS, "broken_json": 0.1})).answer
+    with hostile(player) as server:
+        rows, asked = [], []
+        for scenarios, attempts, temperature in ((-4, 1, 0.7), (-4, 1, 0.7), (-8, 1, 0.7), (-8, 3, 0.7), (-8, 3, 0.1)):
+            used = {"gym": companies["gym"].model_copy(update={"scenarios": companies["gym"].scenarios[scenarios:]})}
+            rows.append(held(server.url, used, attempts=attempts, temperature=temperature))
+            asked.append(len(server.log))
+    calls = [len(server.arrived)]
+    assert asked[0] == asked[1] < asked[2] < asked[3] < asked[4] == calls[0], "each run sends what is new, each request once"
+    assert rows[0] == rows[1] and rows[0] == [row for row in rows[2] if row["scenario"] in {r["scenario"] for r in rows[0]}]
+    assert {row["attempt"] for row in rows[3]} > {0}
+
+
+@pytest.mark.parametrize("spoil", [
+    "UPDATE Cache SET value = substr(value, 1, 20)", "UPDATE Cache SET value = x'00'", "UPDATE Cache SET value = x''",
+    "UPDATE Cache SET filename = 'aa/bb/gone.val', mode = 2, value = NULL"])
+def test_an_entry_that_is_damaged_is_dropped_and_asked_for_again(tmp_path, spoil):
+    import sqlite3
+    with hostile(lambda *_: "fine") as server:
+        ask(server.url)
+        with sqlite3.connect(tmp_path / "responses/cache.db") as database:
+            assert database.execute(spoil + " WHERE rowid IN (SELECT min(rowid) FROM Cache)").rowcount == 1
+        database.close()
+        assert ask(server.url)[0].text == ask(server.url)[0].text == "fine"
+        assert len(server.log) == 2
+
+
+def test_an_entry_of_another_shape_is_dropped(tmp_path):
+    import diskcache
+    with hostile(lambda *_: "fine") as server:
+        ask(server.url)
+        with diskcache.Cache(str(tmp_path / "responses"), disk=diskcache.JSONDisk) as cache:
+            for key in [key for key in cache if not key.startswith("note:")]:
+                cache[key] = {**cache[key], "prompt_tokens": -1}
+        ask(server.url)
+        assert len(server.log) == 2
+
+
+def test_a_database_that_is_damaged_is_one_sentence_and_nothing_is_thrown_away(tmp_path):
+    (tmp_path / "responses").mkdir()
+    (tmp_path / "responses/cache.db").write_bytes(b"no database" * 500)
+    with hostile(PLAYER) as server, pytest.raises(InputError, match="cannot be used"):
+        held(server.url)
+    assert not server.log and (tmp_path / "responses/cache.db").read_bytes() == b"no database" * 500
+
+
+def test_the_same_request_at_the_same_time_is_sent_once():
+    with hostile(lambda *_: "fine", delay_s=0.1) as server:
+        assert {answer.text for answer in ask(server.url, [HELLO] * 5)} == {"fine"}
+        assert len(server.log) == 1
+
+
+QUICK = "import runpy, agent.endpoint as e; e.BACKOFF_S = 0.01; runpy.run_module('stages.teacher_gen', run_name='__main__')"
+
+
+def process(folder, **environment):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HANDOFF_CACHE": str(folder / ".cache"), "TEACHER_KEY": "a-long-and-secret-key"} | environment
+    return subprocess.Popen([sys.executable, "-c", QUICK], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_at_once_share_one_cache(tmp_path):
+    slugs = ("gym", "travel", "streaming")
+    player = Player({slug: real(slug) for slug in PARAMS["data"]["held_out"] + list(slugs)} | {s: real(s) for s in
+                    ("breadbox", "broadband", "energy", "furniture", "invoicing", "neobank", "petfood")}, Rates(**FLAWLESS)).answer
+    with hostile(player, delay_s=0.02) as server:
+        for name in ("one", "two"):
+            workspace(tmp_path / name, data={"scenarios_per_company": 2},
+                      teacher_gen={"attempts": 1, "teacher": elsewhere(server.url), "customer": elsewhere(server.url)})
+        running = [process(tmp_path / name, HANDOFF_CACHE=str(tmp_path / "shared")) for name in ("one", "two")]
+        assert [(p.communicate()[1], p.returncode)[1] for p in running] == [0, 0]
+        assert set(server.arrived.values()) == {1} and len(server.log) > 50
+    one, two = ((tmp_path / name / teacher_gen.TRACES).read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+# Structured output and reasoning models
+
+SCHEMA = action_json_schema(["delivery"])
+CHATS = [[{"role": "user", "content": str(number)}] for number in range(6)]
+
+
+def formats(server):
+    return [request.get("response_format", {}).get("type") for *_, request, _ in server.log]
+
+
+def refusing(*fields, status=400):
+    def fault(request, _):
+        for name, words in fields:
+            if name == request.get("response_format", {}).get("type") or name in request:
+                return status, {}, json.dumps({"error": {"message": words}})
+        return OK
+    return fault
+
+
+def test_a_server_that_takes_a_schema_gets_it_with_every_request():
+    with hostile(lambda *_: STEP) as server:
+        ask(server.url, CHATS, SCHEMA)
+        assert formats(server) == ["json_schema"] * 6
+        sent = server.log[0][2]["response_format"]["json_schema"]
+        assert sent["schema"] == SCHEMA and sent["strict"] is True
+
+
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("refused, found", [
+    ([("json_schema", "no")], ["json_schema", *["json_object"] * 7]),
+    ([("json_schema", "no"), ("json_object", "no")], ["json_schema", "json_object", *[None] * 7])])
+def test_a_server_that_refuses_a_schema_is_asked_once_and_that_is_remembered(status, refused, found):
+    with hostile(lambda *_: STEP, refusing(*refused, status=status)) as server:
+        assert [answer.text for answer in ask(server.url, CHATS, SCHEMA)] == [STEP] * 6
+        ask(server.url, [*CHATS, HELLO], SCHEMA)
+        assert formats(server) == found, "the second run knows, and asks only what is new"
+
+
+def test_a_server_that_ignores_a_schema_is_found_out_once():
+    with hostile(lambda *_: "Sure, I can help with that!") as server:
+        answers = ask(server.url, CHATS, SCHEMA)
+        assert {answer.text for answer in answers} == {"Sure, I can help with that!"}, "it is the model's own answer, and paid for"
+        assert formats(server) == ["json_schema", "json_object", *[None] * 4]
+        ask(server.url, CHATS, SCHEMA)
+        assert len(server.log) == 6, "what was sent before it was known is found as well"
+
+
+def test_fields_that_a_server_does_not_know_are_left_out():
+    fields = ("seed", "Extra inputs are not permitted: seed"), ("max_tokens", "Use 'max_completion_tokens' instead.")
+    with hostile(lambda *_: "fine", refusing(*fields, status=422)) as server:
+        ask(server.url, CHATS)
+        assert len(server.log) == 8 and server.log[-1][2].keys() == {"model", "messages", "temperature", "max_completion_tokens"}
+
+
+def test_extra_fields_are_sent_and_are_part_of_the_question():
+    with hostile(lambda *_: "fine") as server:
+        ask(server.url, extra={"top_p": 0.9, "thinking": {"type": "disabled"}})
+        ask(server.url, temperature=None)
+        assert server.log[0][2]["thinking"] == {"type": "disabled"} and "temperature" not in server.log[1][2] and len(server.log) == 2
+
+
+@pytest.mark.parametrize("message, finish, text", [
+    ({"content": f"<think>{{ hm }}</think>\n{STEP}"}, "stop", STEP), ({"content": f"hm, so\n</think>\n\n{STEP}"}, "stop", STEP),
+    ({"content": STEP, "reasoning_content": "hm"}, "stop", STEP), ({"content": None, "reasoning_content": f"hm</think>{STEP}"}, "stop", STEP),
+    ({"content": "", "reasoning_content": STEP}, "stop", STEP), ({"content": None, "reasoning": STEP}, "stop", STEP),
+    ({"content": None, "reasoning_content": "still thinki"}, "length", ""), ({"content": "<think>still thinki"}, "length", ""),
+    ({"content": STEP.replace("Yes.", "a </think> b")}, "stop", STEP.replace("Yes.", "a </think> b")),
+    ({"content": "\ud83d half"}, "stop", "\ufffd half"),
+    ({"content": None, "refusal": "I will not."}, "stop", "I will not.")])
+def test_what_a_reasoning_model_thinks_is_not_what_it_says(message, finish, text):
+    with hostile(lambda *_: completion(None, finish, **message)) as server:
+        assert [answer.text for answer in ask(server.url) + ask(server.url)] == [text, text] and len(server.log) == 1
+
+
+def test_a_customer_who_thinks_of_the_end_goes_on():
+    def thinking(messages, seed):
+        text = PLAYER([{**m, "content": m["content"]} for m in messages], seed)
+        return f"<think>Not {DONE} yet?</think>{text}"
+    with hostile(thinking) as server:
+        rows = held(server.url)
+    assert {row["failure"] for row in rows} == {None} and not any("think" in row["content"] for row in rows)
+
+
+# Money
+
+
+def test_the_rows_say_what_was_paid_and_say_it_again_from_the_cache():
+    with hostile(PLAYER) as server:
+        first, second = held(server.url), held(server.url)
+    assert first == second and sum(row["cost_usd"] for row in first) == pytest.approx(worth(server)) and worth(server) > 1
+    assert sum(row["cached_tokens"] for row in first) == sum(use["prompt_tokens_details"]["cached_tokens"] for use in server.paid) > 0
+
+
+def worth(server):
+    """Dollars for what the server answered, by its own count."""
+    return sum((use["prompt_tokens"] - (cached := use["prompt_tokens_details"]["cached_tokens"])) * PRICE["input"] + cached * PRICE["cached_input"]
+               + use["completion_tokens"] * PRICE["output"] for use in server.paid) / 1e6
+
+
+def test_the_cap_is_never_passed_and_raising_it_goes_on(clean):
+    with hostile(PLAYER, delay_s=0.01) as server:
+        whole = sum(row["cost_usd"] for row in clean[0])
+        spent = []
+        for share in (0.4, 0.4, 0.8):
+            with pytest.raises(InputError, match=r"teacher_gen.budget_usd of \$[\d.]+ is used up") as error:
+                held(server.url, budget_usd=whole * share)
+            assert "raise teacher_gen.budget_usd" in error.value.hint
+            spent.append(worth(server))
+            assert spent[-1] <= whole * share
+        assert 0.15 * whole < spent[0] < spent[2], "it is used"
+        assert spent[1] - spent[0] < 0.2 * whole, "what was paid before counts"
+        assert held(server.url, budget_usd=whole * 3) == clean[0]
+        assert set(server.arrived.values()) == {1}, "no answer was lost at the cap"
+
+
+def test_answers_that_never_come_count_against_the_cap(monkeypatch):
+    monkeypatch.setattr(endpoint, "TRIES", 50)
+    monkeypatch.setattr(endpoint, "BACKOFF_S", 0.0001)
+    with hostile(PLAYER, lambda *_: "half") as server, pytest.raises(InputError, match="for answers that cannot be used or never came"):
+        held(server.url, budget_usd=40.0)
+    assert 10 < len(server.log) < 41, "a call is at least the answer's 400 tokens, two dollars"
+
+
+def test_a_judge_stops_at_its_cap():
+    conversation = {"c": Conversation("travel", "c", "policy", [customer("hi")])}
+    rows = [{"conversation_id": "c", "index": 1, "raw": f"candidate {number}"} for number in range(60)]
+    with hostile(lambda *_: '{"verdict": "acceptable"}', delay_s=0.01) as server:
+        judge = EvalJudgeParams(budget_usd=6.0, judge=elsewhere(server.url))
+        with pytest.raises(InputError, match=r"eval_judge.budget_usd of \$6 is used up"):
+            asyncio.run(judge_all(rows, conversation, judge, None))
+        assert 0 < worth(server) <= 6 and 0 < len(server.log) < 60
+        answers, cost = asyncio.run(judge_all(rows, conversation, judge.model_copy(update={"budget_usd": None}), None))
+    assert {read_verdict(answer) for answer in answers} == {"acceptable"} and cost["cost_usd"] == pytest.approx(worth(server))
+    assert set(server.arrived.values()) == {1}
+
+
+def test_a_judge_that_gives_no_usable_answer_leaves_the_turn_unscored(monkeypatch):
+    monkeypatch.setattr(endpoint, "TRIES", 2)
+    conversation = {"c": Conversation("travel", "c", "policy", [customer("hi")])}
+    rows = [{"conversation_id": "c", "index": 1, "raw": raw} for raw in ("good", "bad")]
+    with hostile(lambda *_: '{"verdict": "acceptable"}', lambda request, _: "500" if "bad" in request["messages"][1]["content"] else OK) as server:
+        answers, _ = asyncio.run(judge_all(rows, conversation, EvalJudgeParams(budget_usd=None, judge=elsewhere(server.url)), None))
+    assert [read_verdict(answer) for answer in answers] == ["acceptable", "unscored"]
+
+
+def test_a_budget_without_a_price_is_refused():
+    with hostile(PLAYER) as server, pytest.raises(InputError, match="'paid' has no price"):
+        held(server.url, budget_usd=5.0, price=None)
+    assert not server.log
+
+
+def test_without_a_price_tokens_are_counted_and_dollars_are_not_known_until_there_is_one():
+    with hostile(PLAYER) as server:
+        rows = held(server.url, price=None)
+        assert all((row["cost_usd"] is None) is (row["role"] != "tool") for row in rows) and sum(row["prompt_tokens"] for row in rows) > 0
+        assert sum(row["cost_usd"] for row in held(server.url)) == pytest.approx(worth(server))
+
+
+def test_a_server_that_reports_no_usage_is_counted_by_characters():
+    body = json.dumps(completion("fine" * 30))
+    with hostile(PLAYER, lambda *_: (200, {}, body)) as server:
+        answer, = ask(server.url)
+    assert answer.completion_tokens == 40 and answer.prompt_tokens > 5 and answer.cost_usd > 0
+
+
+# Secrets
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"base_url": "https://me:SECRET@host/v1"}, "credentials or a query"), ({"base_url": "https://host/v1?api_key=SECRET"}, "credentials or a query"),
+    ({"base_url": "https://host/v1#SECRET"}, "credentials or a query"), ({"base_url": "ftp://SECRET"}, "neither a URL"),
+    ({"base_url": "http://[SECRET"}, "neither a URL"), ({"api_key_env": "sk-SECRET"}, "not the name of an environment variable"),
+    ({"api_key_env": "0a1b2c3d.SECRET"}, "not the name"), ({"extra": {"stream": True}}, "may not hold 'stream'")])
+def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(changes, message):
+    with pytest.raises(InputError, match=message) as error:
+        held("https://host/v1", **changes)
+    assert "SECRET" not in f"{error.value} {error.value.hint}"
+
+
+@pytest.mark.parametrize("value, message", [
+    (None, "is not set"), ("  ", "is not set"), ("a\nb", "characters that no key has"), ("schlüssel", "characters that no key has")])
+def test_a_key_that_cannot_be_sent_is_refused_before_any_request(monkeypatch, value, message):
+    if value is None:
+        monkeypatch.delenv("TEACHER_KEY")
+    else:
+        monkeypatch.setenv("TEACHER_KEY", value)
+    with hostile(PLAYER) as server, pytest.raises(InputError, match=message):
+        held(server.url)
+    assert not server.log
+
+
+KEY = "sk-marked-7f3a9c-KEY"
+
+
+def written(folder):
+    """All that a run left: the bytes of its files, and the entries of the cache as text."""
+    yield from (path.read_bytes() for path in folder.rglob("*") if path.is_file() and "companies" not in path.parts)
+    responses = Responses(folder / ".cache/responses")
+    yield from (repr((key, responses._cache[key])).encode() for key in responses._cache)
+    responses.close()
+
+
+@pytest.mark.parametrize("fault, returncode", [
+    ("echo", 0), ((401, {}, json.dumps({"error": {"message": f"no such key {KEY}"}})), 1),
+    ((400, {}, json.dumps({"error": {"message": f"key {KEY[:12]}…"}})), 1), ((500, {}, f"<pre>Authorization: Bearer {KEY}</pre>"), 1)],
+    ids=["echo", "401", "400", "500"])
+def test_the_key_is_sent_and_is_nowhere_else(tmp_path, fault, returncode):
+    slug = PARAMS["data"]["held_out"]
+    answer = lambda messages, seed: completion(f"you sent {KEY}") if "support agent of" in messages[0]["content"] else "hi"  # noqa: E731
+    with hostile(answer, lambda *_: OK if fault == "echo" else fault) as server:
+        once = elsewhere(server.url, timeout_s=3.0)
+        workspace(tmp_path, data={"scenarios_per_company": 1, "held_out": slug}, teacher_gen={"attempts": 1, "teacher": once, "customer": once})
+        running = process(tmp_path, TEACHER_KEY=KEY, OPENAI_LOG="debug")
+        out, err = running.communicate(timeout=120)
+    assert running.returncode == returncode, err
+    assert f"authorization: bearer {KEY}".lower() in server.log[0][3], "it was sent"
+    assert "Traceback" not in err
+    for text in (out.encode(), err.encode(), *written(tmp_path)):
+        assert KEY[:12].encode() not in text
