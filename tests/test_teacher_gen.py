@@ -28,7 +28,8 @@ NOISY = {**FLAWLESS, "broken_json": 0.06, "missed_handoff": 0.3, "invented_fact"
 def section(attempts=4, teacher=None, customer=None):
     """`teacher_gen` of params.yaml, with changes to its two endpoints."""
     actors = {"teacher": teacher, "customer": customer}
-    return PARAMS["teacher_gen"] | {"attempts": attempts, "budget_usd": None} | {name: PARAMS["teacher_gen"][name] | (changes or {}) for name, changes in actors.items()}
+    changed = {name: PARAMS["teacher_gen"][name] | (changes or {}) for name, changes in actors.items()}
+    return PARAMS["teacher_gen"] | {"attempts": attempts, "budget_usd": None} | changed
 
 
 def params(*args, **changes):
