@@ -390,6 +390,14 @@ def test_a_line_ends_where_its_axis_ends():
 
 
 def test_the_labels_of_a_chart_are_escaped():
-    point = charts.Point(0.1, 0.1, "<b>")
-    drawn = charts.chart("<i>", '"', charts.shares(0.1, "<x>"), charts.shares(1, "y"), [charts.Series("student", "<s>", points=[point])])
+    drawn = charts.chart("<i>", '"', charts.shares(0.1, "<x>"), charts.shares(1, "<b>"), [charts.Series("student", "<s>")])
     assert not re.findall(r"<[ibxs]>", drawn) and 'aria-label="&lt;i&gt;. &#34;"' in drawn
+
+
+def test_the_report_before_its_input_names_the_file_and_its_stage(tmp_path):
+    folder = report_inputs(tmp_path)
+    (folder / "data/verify/held_out.parquet").unlink()
+    done = run(folder, "report")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[:2] == ["error: data/verify/held_out.parquet does not exist",
+                                            "hint: run the stage that writes it: dvc repro verify"]

@@ -70,6 +70,11 @@ def listed(page):
     return int(re.match(r"[\d,]+", page.locator("#found").inner_text())[0].replace(",", ""))
 
 
+def finds(page, count):
+    """The page comes to say that it found so many."""
+    expect(page.locator("#found")).to_have_text(re.compile(f"^{count:,} conversation"))
+
+
 def choose(page, **values):
     for name, value in values.items():
         page.locator(f"#filters [name={name}]").select_option(value)
@@ -98,26 +103,23 @@ def test_filters_find_the_conversations_that_have_such_a_turn(report, visit, fil
     wanted = [one["id"] for one in embedded(report) if keep(one) and (filters.get("set") or one["set"] == "held_out")]
     page = visit(report, "#/conversations")
     choose(page, **filters)
-    page.wait_for_timeout(50)
-    assert listed(page) == len(wanted)
+    finds(page, len(wanted))
     assert page.locator("#list a > span:first-child").all_text_contents()[:50] == [" / ".join(name.split("/")) for name in wanted[:50]]
     page.locator("#filters button").click()
-    page.wait_for_timeout(50)
-    assert listed(page) == sum(one["set"] == "held_out" for one in embedded(report))
+    finds(page, sum(one["set"] == "held_out" for one in embedded(report)))
 
 
 def test_search_finds_words_in_every_part_and_marks_them(report, visit):
     page = visit(report, "#/conversations")
     for text in ("ONERROR=", "hand over?", "router"):
         page.locator("[name=q]").fill(text)
-        page.wait_for_timeout(250)
-        stored = (json.dumps(one, ensure_ascii=False).lower() for one in embedded(report) if one["set"] == "held_out")
-        assert listed(page) == sum(text.lower() in one for one in stored) > 0
+        wanted = sum(text.lower() in json.dumps(one, ensure_ascii=False).lower() for one in embedded(report) if one["set"] == "held_out")
+        assert wanted > 0
+        finds(page, wanted)
     page.locator("#list a").first.click()
     expect(page.locator("mark", has_text="router").first).to_be_attached()
     page.locator("[name=q]").fill("no such words anywhere")
-    page.wait_for_timeout(250)
-    assert listed(page) == 0
+    finds(page, 0)
 
 
 def test_a_link_to_one_conversation_and_the_back_button(report, visit):
@@ -281,7 +283,6 @@ def test_tool_results_are_folded_and_open_where_the_search_hits(report, visit):
     assert page.locator(".tool").count() == sum("t" in message for message in conversation["messages"])
     assert not page.locator(".tool div").first.is_visible()
     page.locator("[name=q]").fill(text[:30])
-    page.wait_for_timeout(250)
     expect(page.locator(".tool div").first).to_be_visible()
     expect(page.locator(".tool mark").first).to_have_text(text[:30].strip())
 
@@ -308,30 +309,38 @@ def test_without_scripts_the_results_stand(report, visit):
     assert page.locator("#answer").is_visible() and page.locator("svg.chart").count() >= 4
 
 
-def test_two_thousand_conversations_stay_quick(tmp_path, visit, record_property):
-    copies = 10
-    path = made(tmp_path, copies)
+def test_two_thousand_conversations_stay_quick(tmp_path, visit):
+    """In seconds of the page's own thread, which a busy machine does not lengthen as it does the clock's."""
+    path = made(tmp_path, 10)
     count = sum(one["set"] == "held_out" for one in embedded(path))
-    assert count >= 2000 and path.stat().st_size < 25_000_000
+    assert count >= 2000 and path.stat().st_size < 15_000_000
     start = time.perf_counter()
     page = visit(path, "#/conversations")
     page.locator("#list a").first.wait_for()
-    loaded = time.perf_counter() - start
+    clock = time.perf_counter() - start
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def spent():
+        return next(metric["value"] for metric in devtools.send("Performance.getMetrics")["metrics"] if metric["name"] == "TaskDuration")
+
     assert page.locator("#list a").count() <= 300, "the list is built as far as it is looked at"
     times = {}
+    before = spent()
+    page.reload()
+    page.locator("#list a").first.wait_for()
+    times["load"] = spent() - before
     for name, place in {"filters of a turn": "gold=escalate&action=search_kb", "first search": "q=invoice", "next search": "q=refund",
                         "all": "set=all", "one conversation": f"id={embedded(path)[-30]['id']}"}.items():
-        # Until the browser has laid the page out anew.
-        times[name] = page.evaluate("""(place) => new Promise((done) => {
-            const start = performance.now();
-            addEventListener('hashchange', () => requestAnimationFrame(() => setTimeout(() => done(performance.now() - start))), {once: true});
+        before = spent()
+        page.evaluate("""(place) => new Promise((done) => {
+            addEventListener('hashchange', () => requestAnimationFrame(() => setTimeout(done)), {once: true});
             location.hash = '/conversations?' + place;
         })""", place)
-    for name, value in {"bytes": path.stat().st_size, "seconds to load": loaded, **times}.items():
-        record_property(name, value)
-    print(path.stat().st_size, round(loaded, 2), {name: round(value) for name, value in times.items()})
-    # Bounds an order of magnitude above what was measured: they catch a list built whole or a search that copies texts, not a busy machine.
-    assert loaded < 10 and max(times.values()) < 2000
+        times[name] = spent() - before
+    print(f"{count} conversations, {path.stat().st_size} bytes, {clock:.2f} s by the clock;", {name: round(used, 3) for name, used in times.items()})
+    assert all(value > 0 for value in times.values())
+    assert times.pop("load") < 4 and max(times.values()) < 1
     page.goto(path.as_uri() + "#/conversations")
     page.locator("#list a").first.focus()
     page.keyboard.press("End")

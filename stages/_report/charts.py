@@ -21,7 +21,6 @@ class Point:
 
     x: float
     y: float
-    label: str = ""
     x_interval: tuple[float, float] | None = None
     y_interval: tuple[float, float] | None = None
 
@@ -127,10 +126,6 @@ def _series(one: Series, end: float, across: Callable[[float], float], up: Calla
             low, high = map(across, point.x_interval)
             parts.append(Markup('<line class="interval" x1="{1}" y1="{0}" x2="{2}" y2="{0}"/>').format(at_y, low, high))
         parts.append(mark(one.name, at_x, at_y))
-        if point.label:
-            right = at_x < WIDTH * 0.62
-            parts.append(Markup('<text class="label{}" x="{}" y="{}">{}</text>').format(
-                "" if right else " end", at_x + (8 if right else -8), max(TOP + 9, at_y - 7), point.label))
     return Markup('<g class="series {}"><title>{}</title>{}</g>').format(one.name, one.title, Markup("").join(parts))
 
 

@@ -84,9 +84,9 @@ def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, p
     return told | {"answer": answer, "title": title}
 
 
-def _stand(name: str, rates: dict[str, Any], label: str = "") -> charts.Point:
+def _stand(rates: dict[str, Any]) -> charts.Point:
     found, needless = rates["escalate_recall"], rates["over_escalation"]
-    return charts.Point(share(needless), share(found), label, (needless["low"], needless["high"]), (found["low"], found["high"]))
+    return charts.Point(share(needless), share(found), (needless["low"], needless["high"]), (found["low"], found["high"]))
 
 
 def _told(who: str, rates: dict[str, Any]) -> str:
@@ -114,9 +114,9 @@ def operating(title: str, rates: dict[str, Any], chosen: dict[str, Any] | None, 
         elif curve:
             series.append(charts.Series(name, words.SCORERS[name], points=[charts.Point(*curve[-1])]))
             told.append(f"{words.SCORERS[name]} finds {curve[-1][1]:.1%} at {curve[-1][0]:.0%} needless hand-offs")
-    series += [charts.Series(model, words.MODELS[model], points=[_stand(model, of)]) for model, of in rates.items()]
+    series += [charts.Series(model, words.MODELS[model], points=[_stand(of)]) for model, of in rates.items()]
     if chosen:
-        series.append(charts.Series("chosen", "student at the threshold", points=[_stand("student", chosen, "at the threshold")]))
+        series.append(charts.Series("chosen", "student at the threshold", points=[_stand(chosen)]))
         told.append(_told("at the threshold the student", chosen))
     svg = charts.chart(f"Hand-offs found against needless ones, {title}", "; ".join(told),
                        charts.shares(highest, "needless hand-offs (over-escalation)"), charts.shares(1, "hand-offs found (recall)"), series)
