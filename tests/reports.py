@@ -43,7 +43,7 @@ def predictions_table(held_out):
     rows = pl.concat([gold.with_columns(model=pl.lit(model), decoding=pl.lit(decoding), raw=pl.Series(raw))
                       for (model, decoding), raw in raws.items()])
     score = pl.when(pl.col("gold_action") == "escalate").then(0.6).otherwise(0.2)
-    rows = parse_replies(rows).with_columns(p_escalate=score, other_action=pl.lit(None, pl.String))
+    rows = parse_replies(rows.with_columns(p_escalate=score, other=pl.lit(None, pl.String)))
     return rows.sort("company", "conversation_id", "index", "model", "decoding")
 
 
