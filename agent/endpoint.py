@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
-import math
 import os
 import random
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, replace
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httpx2
 import openai
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from agent.gate import Gate
 from agent.responses import RESPONSES, Completion, Responses, request_key
 from agent.spend import FREE, EndpointFailure, Price, Room, Spend, Stopped, Usage
-from schemas.action import ActionError, ActionFault, parse_action
+from agent.wire import Answer, Counted, Dialect, Metered, ignores_schema, retry_after
 from schemas.errors import InputError
 
 SIMULATOR = "simulator"
@@ -106,51 +105,6 @@ def api_key(params: EndpointParams) -> str:
     return key
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-def _whole(text: Any) -> Any:
-    # Half a surrogate pair, escaped, is JSON but no text that could be stored or sent.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(text, str) else text
-
-
-_Text = Annotated[str, BeforeValidator(_whole)] | None
-
-
-class _Message(_Wire):
-    content: _Text = None
-    reasoning_content: _Text = None
-    reasoning: _Text = None
-    refusal: _Text = None
-
-
-class _Choice(_Wire):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Details(_Wire):
-    cached_tokens: int | None = Field(default=None, ge=0)
-
-
-class _Usage(_Wire):
-    prompt_tokens: int = Field(ge=0)
-    completion_tokens: int = Field(default=0, ge=0)
-    prompt_tokens_details: _Details | None = None
-
-
-class _Answer(_Wire):
-    choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
-
-
-class _Metered(_Wire):
-    """The usage of an answer that is of no use otherwise."""
-
-    usage: _Usage
-
-
 class _Again(Exception):
     """This try failed, and another may do better."""
 
@@ -167,64 +121,6 @@ class _Refused(Exception):
         self.status, self.words = status, words
 
 
-@dataclass(frozen=True)
-class _Dialect:
-    """Which of the optional parts of a request the server takes; found out with the first call, and noted in the cache."""
-
-    output: Literal["json_schema", "json_object", "text"] = "json_schema"
-    seed: bool = True
-    max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-
-    def lesser(self, request: dict[str, Any], words: str) -> _Dialect | None:
-        """The next one to try after a refusal: without what the server's words name, else with less of structured output."""
-        if "max_completion_tokens" in words and self.max_tokens == "max_tokens":
-            return replace(self, max_tokens="max_completion_tokens")
-        if "seed" in words and self.seed:
-            return replace(self, seed=False)
-        return self.looser if "response_format" in request else None
-
-    @property
-    def looser(self) -> _Dialect:
-        """With one grade less of structured output."""
-        return replace(self, output="json_object" if self.output == "json_schema" else "text")
-
-
-class _Gate:
-    """How many calls may be in flight: additive increase, multiplicative decrease (Chiu and Jain, 1989), from 1 to `most`."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._limit = most, float(most)
-        self._in_flight = 0
-        self._cut_at = self._not_before = -math.inf
-        self._changed = asyncio.Condition()
-
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[float]:
-        """Wait for a slot, and for the time that the server asked for; gives the time at which the call starts."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._in_flight < int(self._limit))
-            self._in_flight += 1
-        try:
-            while (wait := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            yield time.monotonic()
-        finally:
-            async with self._changed:
-                self._in_flight -= 1
-                self._changed.notify_all()
-
-    def succeeded(self) -> None:
-        """One more slot after each round of successes."""
-        self._limit = min(self._most, self._limit + 1 / self._limit)
-
-    def overloaded(self, started: float, wait_s: float | None) -> None:
-        """Half the slots; once for all the calls that were in flight together."""
-        if started > self._cut_at:
-            self._limit, self._cut_at = max(1.0, self._limit / 2), time.monotonic()
-        if wait_s is not None:
-            self._not_before = max(self._not_before, time.monotonic() + wait_s)
-
-
 class Endpoint:
     """Sends chat requests; keeps every answer, so that none is paid for twice.
 
@@ -239,8 +135,8 @@ class Endpoint:
         self._url, self._key, self._responses, self._spend, self._offline = url.rstrip("/"), key, responses, spend, offline
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=params.timeout_s, max_retries=0)
         self._price = FREE if params.simulated else params.price
-        self._gate = _Gate(params.max_concurrency)
-        self._dialects: dict[bool, _Dialect] = {}
+        self._gate = Gate(params.max_concurrency)
+        self._dialects: dict[bool, Dialect] = {}
         self._settling = asyncio.Lock()
         self._answered = False
         self._given_up = 0
@@ -265,7 +161,7 @@ class Endpoint:
                 return stored
             if self._offline:
                 raise EndpointFailure("not in the cache")
-            async with self._responses.asking(self._key_of(self._request(messages, sample, schema, _Dialect()), sample)):
+            async with self._responses.asking(self._key_of(self._request(messages, sample, schema, Dialect()), sample)):
                 # Whoever asked before us may have it by now.
                 return self._stored(messages, sample, schema) or await self._ask(messages, sample, schema)
         except InputError as error:
@@ -284,7 +180,7 @@ class Endpoint:
             key = self._key_of(self._request(messages, sample, schema, replace(known, output=output)), sample)
             if stored := self._responses.get(key):
                 self._answered = True
-                self._spend.reused += 1
+                self._spend.reused += not self._offline
                 if stored.cost_usd is None and self._price:  # the price was not known then
                     cost = self._price.of(stored.prompt_tokens, stored.cached_tokens, stored.completion_tokens)
                     stored = stored.model_copy(update={"cost_usd": cost})
@@ -292,7 +188,7 @@ class Endpoint:
                 return stored
         return None
 
-    def _request(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None, dialect: _Dialect) -> dict[str, Any]:
+    def _request(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None, dialect: Dialect) -> dict[str, Any]:
         request: dict[str, Any] = {"model": self.params.model, "messages": messages, dialect.max_tokens: self.params.max_tokens}
         if self.params.temperature is not None:
             request["temperature"] = self.params.temperature
@@ -306,17 +202,17 @@ class Endpoint:
                 request["response_format"] = {"type": "json_object", "schema": schema}
         return request | self.params.extra
 
-    def _dialect(self, schema: dict[str, Any] | None) -> tuple[_Dialect, bool]:
+    def _dialect(self, schema: dict[str, Any] | None) -> tuple[Dialect, bool]:
         """What is known of the server, and whether it is settled."""
         structured = schema is not None and not self.params.simulated
         if structured not in self._dialects and self._responses is not None and (note := self._responses.note(self._note_name(structured))):
-            self._dialects[structured] = _Dialect(**note)
-        return self._dialects.get(structured, _Dialect()), structured in self._dialects or self.params.simulated
+            self._dialects[structured] = Dialect(**note)
+        return self._dialects.get(structured, Dialect()), structured in self._dialects or self.params.simulated
 
     def _note_name(self, structured: bool) -> str:
         return f"{self.params.base_url.rstrip('/')} {self.params.model} {'schema' if structured else 'plain'}"
 
-    def _settle(self, schema: dict[str, Any] | None, dialect: _Dialect) -> None:
+    def _settle(self, schema: dict[str, Any] | None, dialect: Dialect) -> None:
         structured = schema is not None and not self.params.simulated
         if self._dialects.get(structured) != dialect:
             self._dialects[structured] = dialect
@@ -342,7 +238,7 @@ class Endpoint:
                     raise self._give_up(f"HTTP {refused.status}", refused.words, down=False) from None
                 dialect = lesser
                 continue
-            if "response_format" in request and completion.finish_reason == "stop" and _ignores_schema(completion.text):
+            if "response_format" in request and completion.finish_reason == "stop" and ignores_schema(completion.text):
                 dialect = dialect.looser
             self._settle(schema, dialect)
             return completion
@@ -411,7 +307,7 @@ class Endpoint:
             return InputError(f"{url} does not serve the model '{self.params.model}' (HTTP 404)", "correct base_url or model in params.yaml")
         if status not in (408, 409, 425, 429) and status < 500:
             return _Refused(status, words)
-        wait_s = _retry_after(error.response.headers.get("retry-after"))
+        wait_s = retry_after(error.response.headers.get("retry-after"))
         if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:
             return InputError(f"{url} asks to wait {wait_s:.0f} s (HTTP {status})", "every answer so far is kept: run again after that time")
         if status in (429, 503, 529):
@@ -436,7 +332,7 @@ class Endpoint:
             room.lost()
             raise _Again("the answer is no JSON") from None
         try:
-            answer = _Answer.model_validate(document)
+            answer = Answer.model_validate(document)
         except ValidationError:
             self._unusable(document, room)
             raise _Again("the answer is no chat completion", paid=True) from None
@@ -456,7 +352,7 @@ class Endpoint:
         self._answered, self._given_up = True, 0
         return completion
 
-    def _usage(self, counted: _Usage | None, request: dict[str, Any], text: str) -> Usage:
+    def _usage(self, counted: Counted | None, request: dict[str, Any], text: str) -> Usage:
         if counted is None:
             prompt, cached, written = len(json.dumps(request["messages"], ensure_ascii=False)) // CHARS_PER_TOKEN, 0, len(text) // CHARS_PER_TOKEN
         else:
@@ -467,7 +363,7 @@ class Endpoint:
     def _unusable(self, document: Any, room: Room) -> None:
         """Count what an answer that cannot be used cost, where it says so."""
         try:
-            counted = _Metered.model_validate(document).usage
+            counted = Metered.model_validate(document).usage
         except ValidationError:
             room.lost()
         else:
@@ -476,29 +372,6 @@ class Endpoint:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.close()
-
-
-def _ignores_schema(text: str) -> bool:
-    """Whether a text shows that nothing held the model to the schema: no JSON object, or an action that is none of the six."""
-    try:
-        parse_action(text)
-    except ActionError as error:
-        return error.fault in (ActionFault.NOT_ONE_JSON_OBJECT, ActionFault.UNKNOWN_ACTION)
-    return False
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3: a number or a date); None without a usable one."""
-    if not header:
-        return None
-    try:
-        wait_s = float(header)
-    except ValueError:
-        try:
-            wait_s = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(0.0, wait_s) if math.isfinite(wait_s) else None
 
 
 @asynccontextmanager
@@ -519,6 +392,9 @@ async def open_endpoints(spend: Spend, simulator_url: str | None, *sections: End
         if spend.budget_usd is not None and not params.simulated and params.price is None:
             raise InputError(f"{spend.section}.budget_usd is set, and the model '{params.model}' has no price, so nothing would be counted",
                              "write its price (input, cached_input and output, dollars per million tokens) into params.yaml")
+    if spend.budget_usd is not None and (real := [params for params in sections if not params.simulated]) and all(p.price == FREE for p in real):
+        raise InputError(f"{spend.section}.budget_usd is set, and every price is zero, so it would never be reached",
+                         "write the price of the models into params.yaml, or set budget_usd to null")
     keys = ["none" if offline else api_key(params) for params in sections]
     responses = Responses(RESPONSES)
     endpoints = [

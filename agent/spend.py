@@ -140,11 +140,17 @@ class Spend:
                 self._reserved_usd = self._reserved_usd - worst_usd if self._in_flight else 0.0
                 self._changed.notify_all()
 
+    @property
+    def answers(self) -> int:
+        """How many different answers the data rests on."""
+        return len(self._counted)
+
     def progress(self, projected_usd: float) -> str:
         """Calls, tokens and dollars so far, for a progress bar."""
         tokens = self.data.prompt_tokens + self.data.completion_tokens
         calls = f"calls={self.sent + self.reused} ({self.reused} cached)"
-        return f"{calls}, tokens={tokens / MILLION:.2f}M, {dollars(self.data.cost_usd)} of ~${projected_usd:.2f}"
+        projected = "" if self.data.cost_usd is None else f" of ~{dollars(projected_usd)}"
+        return f"{calls}, tokens={tokens / MILLION:.2f}M, {dollars(self.data.cost_usd)}{projected}"
 
     def summary(self) -> str:
         """One sentence for the end of a stage."""

@@ -140,7 +140,7 @@ def show(stage: str, spend: Spend, budget_usd: float | None, forecasts: list[For
     cap = "" if budget_usd is None else f"; budget_usd is {dollars(budget_usd)}, paid answers included"
     say("\n".join([
         f"{stage}", *(forecast.line() for forecast in forecasts),
-        f"  in the cache already: {spend.reused} answers, which cost {dollars(spend.data.cost_usd)} and nothing again",
+        f"  in the cache already: {spend.answers} answers, which cost {dollars(spend.data.cost_usd)} and nothing again",
         f"  to pay: {dollars(total)}, or {dollars(most and most * attempts)} if {times}every answer is max_tokens long and nothing is cached by "
         f"the provider{cap}"]))
 

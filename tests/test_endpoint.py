@@ -16,6 +16,7 @@ from agent.endpoint import EndpointParams, open_endpoints
 from agent.protocol import DONE
 from agent.responses import Completion, Responses
 from agent.spend import EndpointFailure, Spend
+from agent.wire import retry_after
 from schemas.action import action_json_schema
 from schemas.errors import InputError
 from simulator.actors import Player, Rates
@@ -196,7 +197,7 @@ def test_retry_after_is_kept_by_all_calls(header):
 
 @pytest.mark.parametrize("header, wait_s", [(None, None), ("", None), ("soon", None), ("nan", None), ("-3", 0.0), ("2.5", 2.5), ("inf", None)])
 def test_a_retry_after_that_says_nothing_is_not_kept(header, wait_s):
-    assert endpoint._retry_after(header) == wait_s
+    assert retry_after(header) == wait_s
 
 
 # Cache
@@ -256,7 +257,7 @@ def test_the_same_request_at_the_same_time_is_sent_once():
         assert len(server.log) == 1
 
 
-QUICK = "import runpy, agent.endpoint as e; e.BACKOFF_S = 0.01; runpy.run_module('stages.teacher_gen', run_name='__main__')"
+QUICK = "import runpy, agent.endpoint as e; e.BACKOFF_S = 0.01; runpy.run_module('stages.teacher_gen', run_name='__main__', alter_sys=True)"
 
 
 def process(folder, **environment):
@@ -427,6 +428,13 @@ def test_a_judge_that_gives_no_usable_answer_leaves_the_turn_unscored(monkeypatc
 def test_a_budget_without_a_price_is_refused():
     with hostile(PLAYER) as server, pytest.raises(InputError, match="'paid' has no price"):
         held(server.url, budget_usd=5.0, price=None)
+    assert not server.log
+
+
+def test_a_budget_that_could_never_be_reached_is_refused():
+    free = dict.fromkeys(PRICE, 0.0)
+    with hostile(PLAYER) as server, pytest.raises(InputError, match="every price is zero"):
+        held(server.url, budget_usd=5.0, price=free)
     assert not server.log
 
 

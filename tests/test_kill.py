@@ -1,7 +1,6 @@
 """kill -9 at any moment: the next run goes on, and nothing that was answered is asked for again."""
 
 import multiprocessing
-import os
 import random
 import signal
 import threading
@@ -28,57 +27,64 @@ def forks():
     return context
 
 
-@pytest.mark.parametrize("kills, slices", [(25, 2), pytest.param(100, 6, marks=pytest.mark.long)])
+def lived(forks, folder, moment=None, fatal=None):
+    """One life of the generator, killed at a moment after `fatal` is set if there is one: its exit code."""
+    life = forks.Process(target=generate, args=(folder,))
+    life.start()
+    if fatal:
+        while not fatal.wait(0.005) and life.is_alive():
+            pass
+        time.sleep(moment)
+        life.kill()
+    life.join(200)
+    return life.exitcode
+
+
+def in_store(folder):
+    responses = Responses(folder / "responses")
+    keys = {key for key, _ in responses.entries()}
+    responses.close()
+    return keys
+
+
+@pytest.mark.parametrize("kills, slices", [(25, 4), pytest.param(100, 14, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(tmp_path, forks, kills, slices):
-    player = Player({slug: real(slug) for slug in SLUGS}, RATES).answer
-    moment = random.Random(kills)
-    with hostile(player, delay_s=0.003) as server:
-        for name in ("whole", "killed"):
-            (tmp_path / name).mkdir()
-            once = elsewhere(server.url, max_concurrency=8)
-            workspace(tmp_path / name, data={**PARAMS["data"], "scenarios_per_company": slices},
+    player, moment = Player({slug: real(slug) for slug in SLUGS}, RATES).answer, random.Random(kills)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with hostile(player, delay_s=0.002) as server:
+        for folder in (whole, killed):
+            once = elsewhere(server.url, max_concurrency=8, timeout_s=60.0)
+            workspace(folder, data={**PARAMS["data"], "scenarios_per_company": slices},
                       teacher_gen={"attempts": 3, "teacher": once, "customer": once})
-        life = forks.Process(target=generate, args=(tmp_path / "whole",))
-        life.start()
-        life.join(120)
-        assert life.exitcode == 0
+        assert lived(forks, whole) == 0
         calls = len(server.log)
-        assert set(server.arrived.values()) == {1} and calls > 4 * kills
+        assert set(server.arrived.values()) == {1} and calls > 12 * kills
         server.log.clear()
 
-        killed, in_flight, answered = 0, 0, set()
-        while True:
-            life = forks.Process(target=generate, args=(tmp_path / "killed",))
-            fatal = threading.Event()
-            before = len(server.log)
-            # About as many requests a life as leaves something to do for the last; from none to all of them in flight.
-            last = before + moment.randrange(2 * calls // (3 * kills) + 2)
+        in_flight, stored = 0, set()
+        for number in range(kills + 1):
+            before, fatal = len(server.log), threading.Event()
+            # Somewhere in so many requests; a few more are answered while it dies, so that there is something left for every life.
+            last = before + moment.randrange(calls // (2 * kills))
 
-            def watch(*_, last=last, fatal=fatal):
+            def fault(*_, last=last, fatal=fatal):
                 if len(server.log) >= last:
                     fatal.set()
-                return OK
+                return OK if len(server.log) < last + 6 else "hang"
 
-            server.fault = watch
-            life.start()
-            if killed < kills:
-                while not fatal.wait(0.01) and life.is_alive():
-                    pass
-                time.sleep(moment.uniform(0, 0.03))
-                os.kill(life.pid, signal.SIGKILL)
-            life.join(120)
-            sent = [request_key(server.url, request, request["seed"]) for _, _, request, _ in server.log[before:]]
-            assert not answered & set(sent), "what was stored when the process died is asked for again"
-            responses = Responses(tmp_path / "killed/responses")
-            answered = {key for key, _ in responses.entries()}
-            responses.close()
-            if life.exitcode == 0:
-                break
-            assert life.exitcode == -signal.SIGKILL
-            killed += 1
-            in_flight += len(set(sent) - answered)
-    assert killed >= kills
-    assert len(server.log) == calls + in_flight and in_flight <= 8 * 2 * killed, "each request once, but for those in flight when it died"
-    whole, resumed = ((tmp_path / name / teacher_gen.TRACES).read_bytes() for name in ("whole", "killed"))
-    assert whole == resumed
-    assert (tmp_path / "whole" / teacher_gen.METRICS).read_bytes() == (tmp_path / "killed" / teacher_gen.METRICS).read_bytes()
+            server.fault = fault if number < kills else lambda *_: OK
+            code = lived(forks, killed, moment.choice((0, moment.uniform(0, 0.02))), fatal) if number < kills else lived(forks, killed)
+            assert code == (-signal.SIGKILL if number < kills else 0)
+            sent = {request_key(server.url, request, request["seed"]) for _, _, request, _ in server.log[before:]}
+            assert len(sent) == len(server.log) - before and not sent & stored, "what was stored when the process died is asked for again"
+            stored = in_store(killed)
+            in_flight += len(sent - stored)
+        assert len(server.log) == calls + in_flight and 0 < in_flight <= 8 * 2 * kills, "each request once, but for those in flight when it died"
+
+        for _ in range(5):  # and while it reads from the cache and writes its files
+            started = threading.Event()
+            started.set()
+            lived(forks, killed, moment.uniform(0, 1.5), started)
+        assert lived(forks, killed) == 0 and len(server.log) == calls + in_flight
+    for name in (teacher_gen.TRACES, teacher_gen.METRICS):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()

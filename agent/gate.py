@@ -1,0 +1,45 @@
+"""How many calls are in flight at once, as the server can take them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class Gate:
+    """How many calls may be in flight: additive increase, multiplicative decrease (Chiu and Jain, 1989), from 1 to `most`."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._limit = most, float(most)
+        self._in_flight = 0
+        self._cut_at = self._not_before = -math.inf
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[float]:
+        """Wait for a slot, and for the time that the server asked for; gives the time at which the call starts."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._in_flight < int(self._limit))
+            self._in_flight += 1
+        try:
+            while (wait := self._not_before - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            yield time.monotonic()
+        finally:
+            async with self._changed:
+                self._in_flight -= 1
+                self._changed.notify_all()
+
+    def succeeded(self) -> None:
+        """One more slot after each round of successes."""
+        self._limit = min(self._most, self._limit + 1 / self._limit)
+
+    def overloaded(self, started: float, wait_s: float | None) -> None:
+        """Half the slots; once for all the calls that were in flight together."""
+        if started > self._cut_at:
+            self._limit, self._cut_at = max(1.0, self._limit / 2), time.monotonic()
+        if wait_s is not None:
+            self._not_before = max(self._not_before, time.monotonic() + wait_s)

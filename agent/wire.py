@@ -1,0 +1,107 @@
+"""What OpenAI-compatible servers take and answer, and how they differ."""
+
+from __future__ import annotations
+
+import email.utils
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from schemas.action import ActionError, ActionFault, parse_action
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+def _whole(text: Any) -> Any:
+    # Half a surrogate pair, escaped, is JSON but no text that could be stored or sent.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if isinstance(text, str) else text
+
+
+_Text = Annotated[str, BeforeValidator(_whole)] | None
+
+
+class _Message(_Wire):
+    content: _Text = None
+    reasoning_content: _Text = None
+    reasoning: _Text = None
+    refusal: _Text = None
+
+
+class _Choice(_Wire):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Details(_Wire):
+    cached_tokens: int | None = Field(default=None, ge=0)
+
+
+class Counted(_Wire):
+    """The tokens that a server says it counted."""
+
+    prompt_tokens: int = Field(ge=0)
+    completion_tokens: int = Field(default=0, ge=0)
+    prompt_tokens_details: _Details | None = None
+
+
+class Answer(_Wire):
+    """What is read of a chat completion; everything else in it is left alone."""
+
+    choices: list[_Choice] = Field(min_length=1)
+    usage: Counted | None = None
+
+
+class Metered(_Wire):
+    """The usage of an answer that is of no use otherwise."""
+
+    usage: Counted
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Which of the optional parts of a request the server takes; found out with the first call, and noted in the cache."""
+
+    output: Literal["json_schema", "json_object", "text"] = "json_schema"
+    seed: bool = True
+    max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    def lesser(self, request: dict[str, Any], words: str) -> Dialect | None:
+        """The next one to try after a refusal: without what the server's words name, else with less of structured output."""
+        if "max_completion_tokens" in words and self.max_tokens == "max_tokens":
+            return replace(self, max_tokens="max_completion_tokens")
+        if "seed" in words and self.seed:
+            return replace(self, seed=False)
+        return self.looser if "response_format" in request else None
+
+    @property
+    def looser(self) -> Dialect:
+        """With one grade less of structured output."""
+        return replace(self, output="json_object" if self.output == "json_schema" else "text")
+
+
+def ignores_schema(text: str) -> bool:
+    """Whether a text shows that nothing held the model to the schema: no JSON object, or an action that is none of the six."""
+    try:
+        parse_action(text)
+    except ActionError as error:
+        return error.fault in (ActionFault.NOT_ONE_JSON_OBJECT, ActionFault.UNKNOWN_ACTION)
+    return False
+
+
+def retry_after(header: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3: a number or a date); None without a usable one."""
+    if not header:
+        return None
+    try:
+        wait_s = float(header)
+    except ValueError:
+        try:
+            wait_s = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(0.0, wait_s) if math.isfinite(wait_s) else None
