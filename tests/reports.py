@@ -47,7 +47,7 @@ def predictions_table(held_out):
                       for (model, decoding), raw in raws.items()])
     score = pl.when(pl.col("gold_action") == "escalate").then(0.6).otherwise(0.2)
     rows = parse_replies(rows.with_columns(p_escalate=score, other=pl.lit(None, pl.String)))
-    return rows.sort("company", "conversation_id", "index", "model", "decoding")
+    return rows.select(list(Predictions.to_schema().columns)).sort("company", "conversation_id", "index", "model", "decoding")
 
 
 def judgements_table(predictions):
