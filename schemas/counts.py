@@ -1,4 +1,4 @@
-"""What the files of counts hold: rates as k of n with an interval, company by company."""
+"""What the files of counts hold, as far as the report reads them: rates as k of n with an interval, company by company."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from schemas.metrics import Count, Model, Rate
+from schemas.operating import Scorer
 
 
 class Counted(BaseModel):
@@ -46,4 +47,86 @@ class JudgeCounts(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, dict[Model, JudgeCounted]]
     judge: str
-    cost: dict[str, Count | float | None]
+    cost: dict[str, Count | float | None] = Field({}, description="empty in a revision from before it was counted")
+
+
+class Bin(Counted):
+    """Turns of like score: its mean, and the share of hand-offs among them."""
+
+    predicted: Rate
+    observed: Rate
+
+
+class AtThreshold(BaseModel):
+    """What the threshold does."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    escalate_recall: Counted
+    over_escalation: Counted
+
+
+class Area(BaseModel):
+    """A score's curve in figures; null where the turns are all of one kind."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    value: Rate | None
+    cluster_low: Rate | None
+    cluster_high: Rate | None
+    recall_at_5_percent: Rate | None
+
+
+class Brier(BaseModel):
+    """Brier score of the score as it is, and of saying the turns' own share of hand-offs every time."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    raw: Rate
+    constant: Rate
+
+
+class Measured(BaseModel):
+    """One score on one company."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    at_threshold: AtThreshold
+    auc: Area
+    brier: Brier
+
+
+class Reliability(BaseModel):
+    """Bins of the score as it is, and after the map to probabilities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    raw: list[Bin]
+    recalibrated: list[Bin]
+
+
+class Binned(Measured):
+    """The student on all held-out companies."""
+
+    reliability: Reliability
+
+
+class Pooled(BaseModel):
+    """All held-out companies together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    base: Measured
+    student: Binned
+    bag_of_words: Measured
+    embedding: Measured
+
+
+class HeldOut(BaseModel):
+    """All held-out companies together, and beside it company -> score -> figures."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    __pydantic_extra__: dict[str, dict[Scorer, Measured]]
+    pooled: Pooled
+
+
+class CalibrateDetail(BaseModel):
+    """`metrics/calibrate_detail.json`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    held_out: HeldOut
+    warnings: list[str]

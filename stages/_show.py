@@ -1,4 +1,4 @@
-"""Tables on standard output."""
+"""Tables on standard output. What is printed below one stands after an empty line: Markdown reads the line under a table as a row of it."""
 
 from __future__ import annotations
 

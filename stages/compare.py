@@ -178,8 +178,8 @@ def main() -> None:
     if options.format == "json":
         print(json.dumps({"a": str(a), "b": str(b), "rows": rows, "notes": notes}, indent=2, ensure_ascii=False))
         return
-    print(f"A: {a}. B: {b}. Differences in points; the interval and the last p draw whole conversations.")
-    print((markdown if options.format == "markdown" else plain)(table(rows)))
+    print(f"A: {a}. B: {b}. Differences in points; the interval and the last p draw whole conversations.\n")
+    print((markdown if options.format == "markdown" else plain)(table(rows)) + "\n")
     for note in notes:
         print(f"note: {note}")
 

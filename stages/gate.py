@@ -221,7 +221,7 @@ def main() -> None:
     else:
         table = [["rule", "wanted", "at the threshold", "95 % interval", "without", "verdict"],
                  *([v.rule, v.wanted, v.value, v.interval, v.plain, v.verdict + (f": {v.why}" if v.why else "")] for v in verdicts)]
-        print((markdown if options.format == "markdown" else plain)(table))
+        print((markdown if options.format == "markdown" else plain)(table) + "\n")
         print(f"Judge: {judge['judge']}. The gate {'passes' if passed else 'does not pass'}.")
     sys.exit(0 if passed else 1)
 

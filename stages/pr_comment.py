@@ -57,7 +57,6 @@ def fenced(text: str) -> str:
 def defused(markdown: str) -> str:
     """Markdown that keeps its tables, headings and emphasis, and loses HTML, fences, links, images, bare addresses and mentions."""
     markdown = markdown.replace("<", "&lt;").replace("[", "\\[")
-    markdown = re.sub(r"^(\|.*\n)(?=[^|\n])", r"\1\n", markdown, flags=re.MULTILINE)  # else the line below a table is a row of it
     markdown = re.sub(r"^(\s*)(?=```|~~~)", r"\1\\", markdown, flags=re.MULTILINE)
     return re.sub(r"[@#](?=\w)|:(?=//)|www(?=\.)", lambda found: f"{found[0]}\u200b", markdown)
 

@@ -1,6 +1,8 @@
 """Write what was measured, and every conversation it was measured on, as one HTML file that needs no network.
 
-Reads   data/verify/{held_out,rejected}.parquet, data/eval_exact/predictions.parquet, data/eval_judge/judgements.parquet, metrics/*.json
+Reads   data/verify/{held_out,rejected}.parquet, data/eval_exact/predictions.parquet, data/eval_judge/judgements.parquet,
+        models/operating_point.json, metrics/{teacher_gen,verify,qlora_train,eval_exact_counts,eval_judge_counts,calibrate_detail}.json,
+        metrics/{qlora_train,calibrate}/
 Writes  data/report/report.html
 
 The page is stages/_report/page.html with its style sheet and its script. It states what the metrics files state; what it counts itself, it
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -26,10 +27,12 @@ from markupsafe import Markup
 from pydantic import BaseModel
 
 from schemas.action import ActionName, HandoffReason
-from schemas.counts import ExactCounts, JudgeCounts
+from schemas.counts import CalibrateDetail, ExactCounts, JudgeCounts
 from schemas.errors import InputError
 from schemas.metrics import QloraTrainMetrics, TeacherGenMetrics, VerifyMetrics
+from schemas.operating import OperatingPoint
 from schemas.tables import SCORED, Judgements, Predictions, Rejected, Verified
+from schemas.yardsticks import Yardstick
 from stages._rates import rate
 from stages._report import charts, figures, viewer, words
 from stages._report.figures import pooled
@@ -42,21 +45,22 @@ HELD_OUT = Path("data/verify/held_out.parquet")
 REJECTED = Path("data/verify/rejected.parquet")
 PREDICTIONS = Path("data/eval_exact/predictions.parquet")
 JUDGEMENTS = Path("data/eval_judge/judgements.parquet")
-CORPUS = Path("metrics/corpus.json")
 GENERATED = Path("metrics/teacher_gen.json")
 VERIFIED = Path("metrics/verify.json")
 TRAINED = Path("metrics/qlora_train.json")
 TRAINING = Path("metrics/qlora_train")
 EXACT = Path("metrics/eval_exact_counts.json")
 JUDGED = Path("metrics/eval_judge_counts.json")
+CALIBRATED = Path("metrics/calibrate_detail.json")
+CURVES = Path("metrics/calibrate")
+POINT = Path("models/operating_point.json")
 REPORT = Path("data/report/report.html")
 LOSS = "plots/metrics/loss.tsv"
 
 TEMPLATES = Path(__file__).with_name("_report")
 PAGE, STYLE, SCRIPT = "page.html", "page.css", "page.js"
 GATE = "stages.gate"
-AWAITED = {"calibrated": Path("metrics/calibrate_detail.json"), "curves": Path("metrics/calibrate"), "point": Path("models/operating_point.json")}
-"""What the page shows as soon as it is there. No stage of dvc.yaml writes it yet, so none of it can be declared there."""
+POOLED = "pooled"
 
 
 class ReportParams(Params):
@@ -100,9 +104,17 @@ def read_revision(revision: str) -> tuple[dict[str, Any], pl.DataFrame]:
     return with_judge(read_metrics(EXACT, ExactCounts, exact), read_metrics(JUDGED, JudgeCounts, judged)), predictions
 
 
-def awaited(name: str) -> dict[str, Any] | None:
-    """One of the files that no stage writes yet, or None."""
-    return read_metrics(AWAITED[name]) if AWAITED[name].is_file() else None
+def read_curve(scorer: str) -> figures.Curve:
+    """A score's curve over the held-out turns; empty where they are all of one kind.
+
+    Raises:
+        InputError: it is not there, or is no curve.
+    """
+    path = CURVES / f"curve_{scorer}.csv"
+    try:
+        return figures.read_columns(path, "over_escalation", "recall")
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}", f"git checkout {path}, or dvc repro calibrate, brings it back") from None
 
 
 def with_judge(exact: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:
@@ -167,13 +179,11 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def gate(base: str | None) -> dict[str, Any] | None:
-    """What the gate says, {passed, rules} or {error}; None where there is no gate.
+def gate(base: str | None) -> dict[str, Any]:
+    """What the gate says: {passed, rules}, or {error} where it cannot judge.
 
     A command of its own and not an import: what it refuses is a sentence on this page, and nothing that stops the page.
     """
-    if importlib.util.find_spec(GATE) is None:
-        return None
     done = subprocess.run([sys.executable, "-m", GATE, "--format", "json", *(["--base", base] if base else [])],
                           capture_output=True, encoding="utf-8", check=False)
     if done.stdout:
@@ -181,25 +191,27 @@ def gate(base: str | None) -> dict[str, Any] | None:
     return {"error": done.stderr.strip().partition("\n")[0].removeprefix("error: ")}
 
 
-def score_figures(counts: dict[str, Any], corpus: dict[str, Any], judged: dict[str, Any] | None, slice_of: int) -> dict[str, Any]:
-    """What there is about hand-offs and their score: the answer, the charts, and the parts that calibration adds."""
-    found, point = awaited("calibrated"), awaited("point")
-    chosen = {name: models["student"]["at_threshold"] for name, models in found["held_out"].items()} if found else {}
-    curves: dict[str, figures.Curve] = {name: figures.read_columns(AWAITED["curves"] / f"curve_{name}.csv", "over_escalation", "recall")
-                                        for name in words.SCORERS}
-    curves["bag_of_words"] = curves["bag_of_words"] or figures.bag_of_words(corpus)
+def score_figures(counts: dict[str, Any], found: dict[str, Any], judged: dict[str, Any], slice_of: int) -> dict[str, Any]:
+    """What there is about hand-offs and their score: the answer on the first screen, and the charts.
+
+    Args:
+        counts: company -> model -> rates, as the models decode.
+        found: `held_out` of CALIBRATED, by company and of all together.
+        judged: what the gate says.
+        slice_of: scenarios a company of a run on a slice, else 0.
+    """
+    chosen = {name: models["student"]["at_threshold"] for name, models in found.items()}
+    curves = {name: read_curve(name) for name in words.SCORERS}
     everything = {model: {name: pooled(counts, model, name) for name in words.RATES} for model in SCORED}
-    at = chosen.get("pooled") or everything["student"]
+    at = chosen[POOLED]
     return {
-        "verdict": figures.verdict(at["escalate_recall"], at["over_escalation"], curves["bag_of_words"], (judged or {}).get("passed"), slice_of),
-        "gate": judged, "point": point, "calibrated": found,
-        "operating": [figures.operating("all held-out companies", everything, chosen.get("pooled"), curves), *(
-            figures.operating(company, models, chosen.get(company), {"bag_of_words": figures.bag_of_words(corpus, company)})
+        "verdict": figures.verdict(at["escalate_recall"], at["over_escalation"], curves["bag_of_words"], judged.get("passed"), slice_of),
+        "operating": [figures.operating("all held-out companies", everything, at, curves), *(
+            figures.operating(company, models, chosen[company], {name: figures.at_5_percent(found[company][name]["auc"]) for name in Yardstick})
             for company, models in counts.items())],
-        "legend": {name: title for name, title in words.SCORERS.items() if name in SCORED or curves[name]} | (
-            {"chosen": "student at the threshold"} if chosen else {}),
-        "reliability": [figures.reliability(title, found["held_out"]["pooled"]["student"]["reliability"][version]) for version, title in
-                        (("raw", "the score as it is"), ("recalibrated", "after the map to probabilities"))] if found else []}
+        "legend": words.SCORERS | {"chosen": "student at the threshold"},
+        "reliability": [figures.reliability(title, found[POOLED]["student"]["reliability"][version]) for version, title in
+                        (("raw", "the score as it is"), ("recalibrated", "after the map to probabilities"))]}
 
 
 def main() -> None:
@@ -207,20 +219,24 @@ def main() -> None:
     held_out, rejected = read_table(HELD_OUT, Verified), read_table(REJECTED, Rejected)
     predictions, judgements = read_table(PREDICTIONS, Predictions), read_table(JUDGEMENTS, Judgements)
     generated, verified = read_metrics(GENERATED, TeacherGenMetrics), read_metrics(VERIFIED, VerifyMetrics)
-    trained, corpus = read_metrics(TRAINED, QloraTrainMetrics), read_metrics(CORPUS)
+    trained, point = read_metrics(TRAINED, QloraTrainMetrics), read_metrics(POINT, OperatingPoint)
+    calibrated = read_metrics(CALIBRATED, CalibrateDetail)
     exact, judged = read_metrics(EXACT, ExactCounts), read_metrics(JUDGED, JudgeCounts)
     before, compared = read_revision(params.compare_with) if params.compare_with else (None, None)
     counts = with_judge(exact, judged)
-    scores = score_figures(counts, corpus, gate(params.compare_with), generated["scenarios_per_company"])
+    judgement = gate(params.compare_with)
+    scores = score_figures(counts, calibrated["held_out"], judgement, generated["scenarios_per_company"])
     conversations = viewer.conversations(held_out, rejected, viewer.predicted(predictions, judgements, compared))
     played = {"teacher": generated["teacher"], "customer": generated["customer"], "judge": judged["judge"]}
     write_page(render(scores | {
+        "gate": judgement, "point": point, "calibrated": calibrated,
         "results": results(counts, before), "compare_with": params.compare_with,
         "confusion": {model: confusion(predictions, model) for model in SCORED},
         "reasons": reasons(predictions), "verified": verified, "most_rejected": max(verified["reasons"].values()), "trained": trained,
-        "training": figures.training(TRAINING / LOSS, trained["steps"]), "generated": generated, "played": played, "companies": list(exact),
+        "training": figures.training(TRAINING / LOSS, trained["steps"]), "generated": generated,
+        "judge_cost": judged.get("cost"), "played": played, "companies": list(exact),
         "simulated": [role for role, name in played.items() if name == "simulator"],
-        "data": Markup(viewer.embed({"threshold": (scores["point"] or {}).get("threshold"), "compared": params.compare_with,
+        "data": Markup(viewer.embed({"threshold": point["threshold"], "compared": params.compare_with,
                                      "conversations": conversations}))}))
     say(f"report: {len(conversations)} conversations, {REPORT.stat().st_size / 1e6:.1f} MB; open {REPORT} in a browser")
 

@@ -53,7 +53,7 @@ def stage_code(module: str) -> set[str]:
     files = import_tree(Path("stages", f"{module}.py"))
     if role := SIMULATED.get(module):
         files |= import_tree(Path("simulator/__main__.py")) | import_tree(Path("simulator", f"{role}.py"))
-    if (command := CALLED.get(module)) and module_file(f"stages.{command}"):
+    if command := CALLED.get(module):
         files |= import_tree(Path("stages", f"{command}.py"))
     return {file.as_posix() for file in files} | templates(module)
 

@@ -1,12 +1,15 @@
 """What the report reads, made from real conversations of the held-out companies and the committed metrics."""
 
 import shutil
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import polars as pl
 
 from schemas.tables import Judgements, Predictions, Rejected, Verified
 from stages.eval_exact import gold_turns, parse_replies
+from tests.deciding import command, lay_out
 from tests.helpers import HELD_OUT, agent, customer, played, real, traces, workspace
 from tests.layout import ROOT
 
@@ -44,7 +47,7 @@ def predictions_table(held_out):
                       for (model, decoding), raw in raws.items()])
     score = pl.when(pl.col("gold_action") == "escalate").then(0.6).otherwise(0.2)
     rows = parse_replies(rows.with_columns(p_escalate=score, other=pl.lit(None, pl.String)))
-    return rows.sort("company", "conversation_id", "index", "model", "decoding")
+    return rows.select(list(Predictions.to_schema().columns)).sort("company", "conversation_id", "index", "model", "decoding")
 
 
 def judgements_table(predictions):
@@ -75,11 +78,27 @@ def write(folder, name, frame, schema):
     frame.select(list(schema.to_schema().columns)).write_parquet(path)
 
 
+@cache
+def calibrated(copies):
+    """What `calibrate` itself writes about these predictions: path -> content."""
+    _, predictions = tables(copies)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lay_out(folder, predictions)
+        done = command(folder, "calibrate")
+        assert done.returncode == 0, done.stderr
+        return {path.relative_to(folder): path.read_bytes()
+                for path in [*folder.glob("models/*"), *folder.glob("metrics/calibrate*.json"), *folder.glob("metrics/calibrate/*")]}
+
+
 def report_inputs(folder, copies=1, **report):
-    """Make `folder` one in which the report runs: its parameters, the committed metrics but those of calibrate, `copies` of every held-out
-    conversation."""
+    """Make `folder` one in which the report runs: its parameters, `copies` of every held-out conversation, what calibrate writes about them, and the
+    committed metrics of the other stages."""
     workspace(folder, report=report)
     shutil.copytree(ROOT / "metrics", folder / "metrics", ignore=shutil.ignore_patterns("calibrate*"))
+    for path, content in calibrated(copies).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
     held_out, predictions = tables(copies)
     write(folder, "data/verify/held_out.parquet", held_out, Verified)
     write(folder, "data/verify/rejected.parquet", rejected_table(), Rejected)

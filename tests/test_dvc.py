@@ -46,6 +46,7 @@ STUDENT = {"qlora_train", "predict_student", "eval_exact", "eval_judge", "calibr
     ("simulator.judge", {"eval_judge"}),
     ("verify.calibration_one_in", {"verify", "oversample", "predict_base", "yardsticks"} | STUDENT),
     ("calibrate.rule", {"calibrate"}),
+    ("gate.min_recall", set()),
 ])
 def test_an_edited_parameter_reruns_what_it_must_and_no_more(param, reached):
     assert downstream(reading(param)) == reached | LAST
@@ -63,8 +64,8 @@ def test_an_edited_file_reruns_what_it_must_and_no_more(file, reached):
     assert downstream({name for name, stage in STAGES.items() if file in names(stage["deps"])}) == reached | LAST
 
 
-def test_every_stage_reaches_the_report_and_the_report_reaches_none():
-    assert all("report" in downstream({stage}) for stage in STAGES)
+def test_every_stage_but_the_check_of_the_companies_reaches_the_report_and_the_report_reaches_none():
+    assert {stage for stage in STAGES if "report" not in downstream({stage})} == {"corpus"}
     assert downstream({"report"}) == LAST
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -14,12 +13,12 @@ import polars as pl
 import pytest
 
 from schemas.action import make_action
-from schemas.metrics import TeacherGenMetrics
 from schemas.tables import Predictions
 from schemas.traces import RejectReason
 from stages._rates import rate
 from stages._report import charts, figures, viewer, words
-from stages.report import AWAITED, GATE, REPORT, main
+from stages.report import CALIBRATED, CURVES, POINT, REPORT, main
+from tests.deciding import command
 from tests.helpers import inside
 from tests.layout import ROOT
 from tests.reports import HOSTILE, rejected_table, report_inputs, write
@@ -158,12 +157,15 @@ def test_every_rate_stands_with_its_count_and_interval(html):
                     assert shown in html, (company, model, name)
 
 
-def test_the_first_screen_says_what_the_committed_figures_say(html):
-    counts = metrics("eval_exact_counts")
-    found, needless = (figures.pooled(counts, "student", name) for name in ("escalate_recall", "over_escalation"))
-    told = figures.verdict(found, needless, figures.bag_of_words(metrics("corpus")), None, 0)
+def test_the_first_screen_says_what_calibrate_and_the_gate_say(folder, html):
+    at = json.loads((folder / CALIBRATED).read_bytes())["held_out"]["pooled"]["student"]["at_threshold"]
+    judged = json.loads(command(folder, "gate", "--format", "json").stdout)
+    curve = figures.read_columns(folder / CURVES / "curve_bag_of_words.csv", "over_escalation", "recall")
+    told = figures.verdict(at["escalate_recall"], at["over_escalation"], curve, judged["passed"], 0)
     assert f'<h1 id="answer">{told["answer"]}: {told["title"]}.</h1>' in html
-    assert "Teacher, customer and judge were simulators" in html and "A bag of words finds at least</span>" in html
+    assert f'A bag of words finds</span><b>{100 * told["fair"]:.1f} %</b>' in html
+    assert "Teacher, customer and judge were simulators" in html
+    assert all(f'<th scope="row">{rule["rule"]}</th><td><b>{rule["verdict"]}</b>' in html for rule in judged["rules"])
 
 
 @pytest.mark.parametrize("found, needless, passed, answer", [
@@ -171,11 +173,11 @@ def test_the_first_screen_says_what_the_committed_figures_say(html):
     ((8, 124), (26, 709), None, "No: the student hands off worse than a bag of words"),
     ((8, 124), (26, 709), False, "No: the student hands off worse than a bag of words"),
     ((8, 124), (26, 709), True, "Yes: the gate lets this student through, though it hands off worse than a bag of words"),
-    ((30, 124), (36, 709), None, "Not decided: no gate has judged this student"),
+    ((30, 124), (36, 709), None, "Not decided: the gate could not judge this student"),
     ((30, 124), (36, 709), False, "No: the gate does not let this student through"),
-    ((120, 124), (5, 709), None, "Not decided: no gate has judged this student"),
+    ((120, 124), (5, 709), None, "Not decided: the gate could not judge this student"),
     ((120, 124), (5, 709), True, "Yes: the gate lets this student through"),
-    ((1, 124), (0, 709), None, "Not decided: no gate has judged this student"),
+    ((1, 124), (0, 709), None, "Not decided: the gate could not judge this student"),
 ])
 def test_the_answer_follows_from_the_counts(found, needless, passed, answer):
     told = figures.verdict(rate(*found), rate(*needless), [(0.0, 0.0), (0.05, 0.2661)], passed, 0)
@@ -208,64 +210,42 @@ def test_rejections_are_those_of_the_metrics_and_every_reason_has_words(html):
     assert set(words.REJECTIONS) == set(RejectReason)
 
 
-def test_a_part_that_is_not_there_names_the_stage_that_makes_it(folder, html):
-    assert not any((folder / path).exists() for path in AWAITED.values())
-    assert {part for part, stage in re.findall(r"Not here yet: ([^.]*)\. The stage <code>(\w+)</code>", html) if stage == "calibrate"} == {
-        "the curves over every threshold, and the chosen point on them", "reliability of the score P(escalate)", "the operating point"}
-    assert ("Not here yet: the gate’s verdict" in html) != ("The gate could not judge: " in html)
-
-
-@pytest.mark.skipif("cost_usd" not in TeacherGenMetrics.model_fields, reason="teacher_gen states no cost in money yet")
-@pytest.mark.parametrize("teacher, cost, shown", [("big-model", 84.7, "<b>$84.70</b> when it was paid, $0.1000 a conversation"),
-                                                  ("big-model", None, "no price of the model is"), ("simulator", 0.0, "nothing was paid")])
-def test_the_bill_is_shown(tmp_path, teacher, cost, shown):
+@pytest.mark.parametrize("name, changed, shown", [
+    ("teacher_gen", {"teacher": "big-model", "cost_usd": 84.7, "conversations": 847}, "<b>$84.70</b> when it was paid, $0.1000 a conversation"),
+    ("teacher_gen", {"teacher": "big-model", "cost_usd": None}, "What that cost is not known: no price of the model is"),
+    ("teacher_gen", {"teacher": "simulator", "cost_usd": 0.0}, "nothing was paid"),
+    ("eval_judge_counts", {"judge": "big-model", "cost": {"cost_usd": 3.5}}, "The judge: <b>$3.50</b> when it was paid."),
+    ("eval_judge_counts", {"judge": "big-model", "cost": {"cost_usd": None}}, "The judge: not known, no price of the model is.")])
+def test_the_bills_are_shown(tmp_path, name, changed, shown):
     folder = report_inputs(tmp_path)
-    write_json(folder / "metrics/teacher_gen.json", metrics("teacher_gen") | {"teacher": teacher, "cost_usd": cost, "conversations": 847})
+    (folder / f"metrics/{name}.json").write_text(json.dumps(metrics(name) | changed), encoding="utf-8")
     with inside(folder):
         main()
     assert shown in (folder / REPORT).read_text(encoding="utf-8")
 
 
-@pytest.mark.skipif(importlib.util.find_spec(GATE) is None, reason="there is no gate yet")
-def test_what_the_gate_refuses_is_a_sentence_on_the_page(html):
-    assert re.search(r"The gate could not judge: metrics/calibrate_detail\.json[^<]* does not exist", html)
-
-
-def calibrated(folder):
-    """What calibrate writes, as far as the report reads it."""
-    at = {"escalate_recall": rate(40, 124), "over_escalation": rate(30, 709)}
-    bins = [{"predicted": 0.1, "observed": 0.05, **rate(5, 100)}, {"predicted": 0.6, "observed": 0.4, **rate(40, 100)}]
-    of = {"at_threshold": at, "brier": {"raw": 0.1, "constant": 0.12}, "reliability": {"raw": bins, "recalibrated": bins},
-          "auc": {"value": 0.75, "cluster_low": 0.7, "cluster_high": 0.8, "recall_at_5_percent": 0.31}}
-    models = {name: of for name in words.SCORERS}
-    write_json(folder / AWAITED["calibrated"], {"held_out": {"pooled": models, "streaming": models, "travel": models}, "warnings": ["<weak>"]})
-    write_json(folder / AWAITED["point"], {
-        "threshold": 0.4321, "rule": {"in_words": "Find as many as possible."},
-        "calibration": {"handoff_turns": 64, "missed": 30, "turns": 866, "needless": 40}})
-    for name in words.SCORERS:
-        path = folder / AWAITED["curves"] / f"curve_{name}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("over_escalation,recall\n0.0,0.0\n0.02,0.2\n0.2,0.6\n1.0,1.0\n")
-
-
-def write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def test_what_calibrate_makes_is_shown(tmp_path):
+def test_what_the_gate_refuses_is_a_sentence_on_the_page(tmp_path):
     folder = report_inputs(tmp_path)
-    calibrated(folder)
+    detail = json.loads((folder / CALIBRATED).read_bytes())
+    detail["held_out"]["pooled"]["student"]["at_threshold"]["escalate_recall"]["k"] -= 1
+    (folder / CALIBRATED).write_text(json.dumps(detail | {"warnings": ["<weak>"]}), encoding="utf-8")
     with inside(folder):
         main()
     html = (folder / REPORT).read_text(encoding="utf-8")
-    page = Page(html)
-    assert "calibrate</code> makes it" not in html and "&lt;weak&gt;" in html
-    assert "Hand-offs found, at the threshold</span><b>32.3 %</b>" in html and "A bag of words finds</span>" in html
-    assert "P(escalate) is 0.432 or more" in html
+    assert re.search(r"The gate could not judge: metrics/calibrate_detail\.json says escalate_recall \d+/\d+ in pooled", html)
+    assert "Not decided: the gate could not judge this student" in html and "<li>&lt;weak&gt;</li>" in html
+
+
+def test_what_calibrate_found_is_shown(folder, html, data):
+    detail, point = (json.loads((folder / path).read_bytes()) for path in (CALIBRATED, POINT))
+    assert data["threshold"] == point["threshold"] and f"P(escalate) is {point['threshold']:.3f} or more" in html
+    assert f"{point['rule']['in_words']} On the calibration turns" in html and f"{point['calibration']['missed']} are missed" in html
+    for of in detail["held_out"]["pooled"].values():
+        assert f"<td>{100 * of['auc']['recall_at_5_percent']:.1f} %</td>" in html
+        assert f"<td>{of['brier']['raw']:.3f} ({of['brier']['constant']:.3f})</td>" in html
+    for bins in detail["held_out"]["pooled"]["student"]["reliability"].values():
+        assert all(f"{one['k']} of {one['n']} were ({one['observed']:.1%})" in html for one in bins)
     assert html.count('class="line" points=') == len(words.SCORERS) + 1, "four curves and the training loss"
-    assert "5 of 100 were (5.0%)" in html and "30 are missed" in html
-    assert json.loads(page.inside("script", id="data"))["threshold"] == 0.4321
 
 
 def test_scores_are_embedded_where_the_predictions_have_them(folder):
@@ -284,8 +264,8 @@ COMMIT = "git -c user.name=t -c user.email=t@localhost commit -qm"
 def repository(tmp_path):
     """A repository whose last commit holds what the report compares with."""
     folder = report_inputs(tmp_path, compare_with="v1")
-    for command in ("git init -q", "dvc init -q", "git add -f metrics data/eval_exact .dvc", f"{COMMIT} v1", "git tag v1"):
-        subprocess.run(command.split(), cwd=folder, capture_output=True, check=True)
+    for line in ("git init -q", "dvc init -q", "git add -f metrics models data/eval_exact .dvc", f"{COMMIT} v1", "git tag v1"):
+        subprocess.run(line.split(), cwd=folder, capture_output=True, check=True)
     return folder
 
 
@@ -311,24 +291,26 @@ def test_a_revision_that_cannot_be_read_is_one_sentence(repository, spoil):
     if spoil == "revision":
         params.write_text(params.read_text().replace("compare_with: v1", "compare_with: nowhere"))
     else:
-        for command in ("git rm -q --cached metrics/eval_exact_counts.json", f"{COMMIT} v2", "git tag -f v1"):
-            subprocess.run(command.split(), cwd=repository, capture_output=True, check=True)
+        for line in ("git rm -q --cached metrics/eval_exact_counts.json", f"{COMMIT} v2", "git tag -f v1"):
+            subprocess.run(line.split(), cwd=repository, capture_output=True, check=True)
     done = run(repository, "report")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: report.compare_with: revision '") and "\nhint: " in done.stderr and not (repository / REPORT).exists()
 
 
 @pytest.mark.parametrize("name, content", [
-    ("verify", None), ("verify", "{"), ("verify", "{}"), ("corpus", "no"), ("eval_exact_counts", "{}"),
-    ("eval_exact_counts", '{"travel": {"student": {}}}'),
-    ("eval_judge_counts", '{"travel": {}}'), ("teacher_gen", "[]")])
-def test_a_metrics_file_that_is_none_is_named(tmp_path, name, content):
+    ("metrics/verify.json", None), ("metrics/verify.json", "{"), ("metrics/verify.json", "{}"), ("metrics/eval_exact_counts.json", "{}"),
+    ("metrics/eval_exact_counts.json", '{"travel": {"student": {}}}'), ("metrics/eval_judge_counts.json", '{"travel": {}}'),
+    ("metrics/teacher_gen.json", "[]"), ("metrics/calibrate_detail.json", '{"held_out": {}, "warnings": []}'),
+    ("models/operating_point.json", "{}"), ("metrics/calibrate/curve_base.csv", None), ("metrics/calibrate/curve_base.csv", "a,b\n1,2\n"),
+    ("metrics/calibrate/curve_base.csv", "over_escalation,recall\n0,much\n")])
+def test_a_file_of_figures_that_is_none_is_named(tmp_path, name, content):
     folder = report_inputs(tmp_path)
-    path = folder / f"metrics/{name}.json"
+    path = folder / name
     path.unlink() if content is None else path.write_text(content)
-    done = run(folder, "report")
+    done = command(folder, "report")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.startswith(f"error: metrics/{name}.json") and "\nhint: " in done.stderr and not (folder / REPORT).exists()
+    assert done.stderr.startswith(f"error: {name} cannot be read: ") and "\nhint: " in done.stderr and not (folder / REPORT).exists()
 
 
 def test_a_rejected_conversation_shows_the_step_that_is_none():

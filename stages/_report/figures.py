@@ -10,8 +10,6 @@ from typing import Any
 from stages._rates import rate
 from stages._report import charts, words
 
-BAG_OF_WORDS_AT = 0.05
-"""The over-escalation at which metrics/corpus.json states the recall of a bag of words."""
 Curve = Sequence[tuple[float, float]]
 """(over-escalation, recall) at every threshold, from (0, 0) on."""
 
@@ -28,17 +26,18 @@ def share(counted: dict[str, Any]) -> float:
 
 
 def read_columns(path: Path, first: str, second: str) -> list[tuple[float, float]]:
-    """Two columns of a table with a header line, tab- or comma-separated by its name; nothing where the file is missing."""
-    if not path.is_file():
-        return []
+    """Two columns of a table with a header line, tab- or comma-separated by its name.
+
+    Raises:
+        OSError, KeyError, ValueError: there is no such table, no such column in it, or a value that is no number.
+    """
     with path.open(encoding="utf-8", newline="") as lines:
         return [(float(row[first]), float(row[second])) for row in csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")]
 
 
-def bag_of_words(corpus: dict[str, Any], company: str | None = None) -> Curve:
-    """What metrics/corpus.json states for a company (None: all together), as the one known point of a curve; empty where it states none."""
-    stated = corpus.get("bag_of_words", {}).get(company or "pooled")
-    return [(0.0, 0.0), (BAG_OF_WORDS_AT, stated["recall_at_5_percent"])] if stated else []
+def at_5_percent(area: dict[str, Any]) -> Curve:
+    """What metrics/calibrate_detail.json states of a curve, as the one known point of it; empty where it states none."""
+    return [(0.05, area["recall_at_5_percent"])] if area["recall_at_5_percent"] is not None else []
 
 
 def recall_at(curve: Curve, over_escalation: float) -> float:
@@ -62,13 +61,12 @@ def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, p
     Args:
         found: the student's recall.
         needless: its over-escalation.
-        yardstick: the curve of the bag of words, empty where it is not known.
-        passed: whether the gate lets it through, None where no gate has judged.
+        yardstick: the curve of the bag of words, empty where the turns are all of one kind.
+        passed: whether the gate lets it through, None where it could not judge.
         slice_of: scenarios a company of a run on a slice, else 0.
     """
     fair = recall_at(yardstick, share(needless)) if yardstick else None
-    told = {"found": found, "needless": needless, "fair": fair, "stated": yardstick[-1] if len(yardstick) == 2 else None,
-            "worse": fair is not None and found["high"] < fair}
+    told = {"found": found, "needless": needless, "fair": fair, "worse": fair is not None and found["high"] < fair}
     if slice_of:
         answer, title = "Not decided", f"a slice of {slice_of} scenarios a company, its figures mean nothing"
     elif passed:
@@ -78,7 +76,7 @@ def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, p
     elif told["worse"]:
         answer, title = "No", "the student hands off worse than a bag of words"
     elif passed is None:
-        answer, title = "Not decided", "no gate has judged this student"
+        answer, title = "Not decided", "the gate could not judge this student"
     else:
         answer, title = "No", "the gate does not let this student through"
     return told | {"answer": answer, "title": title}
@@ -94,20 +92,20 @@ def _told(who: str, rates: dict[str, Any]) -> str:
     return f"{who} finds {found['k']} of {found['n']} hand-offs at {needless['k']} needless ones in {needless['n']}"
 
 
-def operating(title: str, rates: dict[str, Any], chosen: dict[str, Any] | None, curves: dict[str, Curve]) -> dict[str, Any]:
-    """Recall against over-escalation: where each model stands as it decodes, the student under the threshold, and the curves there are.
+def operating(title: str, rates: dict[str, Any], chosen: dict[str, Any], curves: dict[str, Curve]) -> dict[str, Any]:
+    """Recall against over-escalation: where each model stands as it decodes, the student under the threshold, and the curves.
 
     Args:
         title: the companies it is of.
         rates: model -> its counts as it decodes.
-        chosen: the student's counts under the threshold, or None.
-        curves: scorer -> its curve; one of a single known point is drawn as that point.
+        chosen: the student's counts under the threshold.
+        curves: scorer -> its curve; one of a single point is drawn as that point.
     """
     told = [_told(words.MODELS[model], of) for model, of in rates.items()]
-    highest = max([0.1, *(of["over_escalation"]["high"] for of in [*rates.values(), *([chosen] if chosen else [])])])
+    highest = max([0.1, *(of["over_escalation"]["high"] for of in [*rates.values(), chosen])])
     series = []
     for name, curve in curves.items():
-        if len(curve) > 2:
+        if len(curve) > 1:
             highest = max(highest, 0.4)
             series.append(charts.Series(name, words.SCORERS[name], line=curve))
             told.append(f"at 5 % needless hand-offs the score of {words.SCORERS[name]} finds {recall_at(curve, 0.05):.1%}")
@@ -115,9 +113,8 @@ def operating(title: str, rates: dict[str, Any], chosen: dict[str, Any] | None, 
             series.append(charts.Series(name, words.SCORERS[name], points=[charts.Point(*curve[-1])]))
             told.append(f"{words.SCORERS[name]} finds {curve[-1][1]:.1%} at {curve[-1][0]:.0%} needless hand-offs")
     series += [charts.Series(model, words.MODELS[model], points=[_stand(of)]) for model, of in rates.items()]
-    if chosen:
-        series.append(charts.Series("chosen", "student at the threshold", points=[_stand(chosen)]))
-        told.append(_told("at the threshold the student", chosen))
+    series.append(charts.Series("chosen", "student at the threshold", points=[_stand(chosen)]))
+    told.append(_told("at the threshold the student", chosen))
     svg = charts.chart(f"Hand-offs found against needless ones, {title}", "; ".join(told),
                        charts.shares(highest, "needless hand-offs (over-escalation)"), charts.shares(1, "hand-offs found (recall)"), series)
     return {"title": title, "told": told, "svg": svg}
@@ -140,7 +137,7 @@ def training(path: Path, steps: int) -> dict[str, Any] | None:
         path: the loss, one row a logged value, each the mean since the one before.
         steps: optimiser steps taken in all, logged at equal distances.
     """
-    losses = [loss for _, loss in read_columns(path, "step", "loss")]
+    losses = [loss for _, loss in read_columns(path, "step", "loss")] if path.is_file() else []
     if len(losses) < 2:
         return None
     every = max(1, steps // len(losses))
