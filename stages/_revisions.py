@@ -32,7 +32,7 @@ def read_revision(path: Path, rev: str) -> bytes:
     """
     if rev == WORKSPACE:
         if not path.is_file():
-            raise InputError(f"{path} does not exist in the workspace", "dvc repro writes it, dvc pull brings one that was written before")
+            raise InputError(f"{path} does not exist in the workspace", "dvc pull brings one that was shared; to write it, run: dvc repro")
         return path.read_bytes()
 
     import dvc.api
@@ -45,7 +45,7 @@ def read_revision(path: Path, rev: str) -> bytes:
         raise InputError(f"there is no revision '{rev}'", "git log, git branch and dvc exp list show the revisions") from None
     except (PathMissingError, FileMissingError, FileNotFoundError):
         raise InputError(f"{path} of revision '{rev}' is neither in git nor in DVC's cache on this machine",
-                         f"dvc pull --all-commits {path} brings what was shared; dvc repro in that revision writes it") from None
+                         f"dvc pull --all-commits {path} brings what was shared; or check that revision out and run: dvc repro") from None
     except (DvcException, OSError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"{path} of revision '{rev}' cannot be read: {why}", "dvc doctor shows what is wrong here") from None
