@@ -22,7 +22,7 @@ repro: $(BIN)/.installed
 
 quick: $(BIN)/.installed
 	-dvc exp remove --quiet quick 2>/dev/null
-	dvc exp run --temp --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2
+	dvc exp run --temp --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2 -S predict.max_new_tokens=96
 	python -m stages.table --rev quick
 
 gate: $(BIN)/.installed
