@@ -29,8 +29,9 @@ from pydantic import BaseModel
 from schemas.action import ActionName, HandoffReason
 from schemas.counts import CalibrateDetail, ExactCounts, JudgeCounts
 from schemas.errors import InputError
-from schemas.metrics import QloraTrainMetrics, TeacherGenMetrics, VerifyMetrics
+from schemas.metrics import QloraTrainMetrics, TeacherGenMetrics
 from schemas.operating import OperatingPoint
+from schemas.recorded import OriginVerifyMetrics
 from schemas.tables import SCORED, Judgements, Predictions, Rejected, Verified
 from schemas.yardsticks import Yardstick
 from stages._rates import rate
@@ -218,7 +219,7 @@ def main() -> None:
     params = load_params("report", ReportParams)
     held_out, rejected = read_table(HELD_OUT, Verified), read_table(REJECTED, Rejected)
     predictions, judgements = read_table(PREDICTIONS, Predictions), read_table(JUDGEMENTS, Judgements)
-    generated, verified = read_metrics(GENERATED, TeacherGenMetrics), read_metrics(VERIFIED, VerifyMetrics)
+    generated, verified = read_metrics(GENERATED, TeacherGenMetrics), read_metrics(VERIFIED, OriginVerifyMetrics)
     trained, point = read_metrics(TRAINED, QloraTrainMetrics), read_metrics(POINT, OperatingPoint)
     calibrated = read_metrics(CALIBRATED, CalibrateDetail)
     exact, judged = read_metrics(EXACT, ExactCounts), read_metrics(JUDGED, JudgeCounts)
