@@ -214,10 +214,9 @@ class Endpoint:
 
     def _settle(self, schema: dict[str, Any] | None, dialect: Dialect) -> None:
         structured = schema is not None and not self.params.simulated
-        if self._dialects.get(structured) != dialect:
-            self._dialects[structured] = dialect
-            if self._responses is not None:
-                self._responses.set_note(self._note_name(structured), asdict(dialect))
+        self._dialects[structured] = dialect
+        if self._responses is not None:
+            self._responses.set_note(self._note_name(structured), asdict(dialect))
 
     async def _ask(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion:
         """Ask the server; the first call of all goes alone, to find out which parts of a request the server takes."""
@@ -228,7 +227,8 @@ class Endpoint:
         return await self._ask_in(messages, sample, schema)
 
     async def _ask_in(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion:
-        dialect, _ = self._dialect(schema)
+        known, settled = self._dialect(schema)
+        dialect = known
         while True:
             request = self._request(messages, sample, schema, dialect)
             try:
@@ -239,8 +239,9 @@ class Endpoint:
                 dialect = lesser
                 continue
             if "response_format" in request and completion.finish_reason == "stop" and ignores_schema(completion.text):
-                dialect = dialect.looser
-            self._settle(schema, dialect)
+                dialect = replace(dialect, output="text")
+            if not settled or dialect != known:  # a call that learnt nothing does not overrule one that did
+                self._settle(schema, dialect)
             return completion
 
     async def _tries(self, request: dict[str, Any], sample: int) -> Completion:

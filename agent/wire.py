@@ -76,12 +76,9 @@ class Dialect:
             return replace(self, max_tokens="max_completion_tokens")
         if "seed" in words and self.seed:
             return replace(self, seed=False)
-        return self.looser if "response_format" in request else None
-
-    @property
-    def looser(self) -> Dialect:
-        """With one grade less of structured output."""
-        return replace(self, output="json_object" if self.output == "json_schema" else "text")
+        if "response_format" in request:
+            return replace(self, output="json_object" if self.output == "json_schema" else "text")
+        return None
 
 
 def ignores_schema(text: str) -> bool:
