@@ -39,8 +39,8 @@ CHARS_PER_TOKEN = 3
 """For servers that report no usage; fewer than the usual four, so that the dollars are rather too many."""
 OURS = {"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "seed", "response_format", "stream", "n"}
 """Fields of a request that have a parameter of their own, or that would change what an answer is."""
-KEY_PIECE = 6
-"""A server's message that holds this many characters of the key in a row is not repeated."""
+KEY_LENGTH, KEY_PIECE = 12, 6
+"""A key this long is taken out of answers; an error message that holds a piece this long of it is not repeated."""
 
 
 class EndpointParams(BaseModel):
@@ -132,7 +132,7 @@ class Endpoint:
 
     def __init__(self, params: EndpointParams, url: str, key: str, responses: Responses | None, spend: Spend, *, offline: bool = False) -> None:
         self.params = params
-        self._url, self._key, self._responses, self._spend, self._offline = url.rstrip("/"), key, responses, spend, offline
+        self._key, self._responses, self._spend, self._offline = key, responses, spend, offline
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=params.timeout_s, max_retries=0)
         self._price = FREE if params.simulated else params.price
         self._gate = Gate(params.max_concurrency)
@@ -234,7 +234,7 @@ class Endpoint:
             try:
                 completion = await self._tries(request, sample)
             except _Refused as refused:
-                if (lesser := dialect.lesser(request, refused.words)) is None:
+                if (lesser := dialect.lesser(request, refused.words, settled)) is None:
                     raise self._give_up(f"HTTP {refused.status}", refused.words, down=False) from None
                 dialect = lesser
                 continue
@@ -325,7 +325,7 @@ class Endpoint:
 
     def _read(self, body: str, request: dict[str, Any], sample: int, room: Room) -> Completion:
         """The answer in a response's body, stored before anything else happens."""
-        if self.params.api_key_env and len(self._key) > KEY_PIECE:
+        if self.params.api_key_env and len(self._key) >= KEY_LENGTH:
             body = body.replace(self._key, "[key]")
         try:
             document = json.loads(body)

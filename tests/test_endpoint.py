@@ -90,14 +90,13 @@ def test_a_fault_that_passes_changes_nothing(clean, fault):
 @pytest.mark.parametrize("fault", ["hang", "trickle"])
 def test_an_answer_that_does_not_end_is_cut_off_and_asked_for_again(clean, fault):
     with hostile(PLAYER, lambda request, nth: fault if nth == 0 and len(request["messages"]) == 2 else OK) as server:
-        began = time.monotonic()
-        assert held(server.url, timeout_s=1.0) == clean[0]
-        assert server.count(fault) == 8 and time.monotonic() - began < 60, "once for teacher and customer of each conversation"
+        assert held(server.url, timeout_s=1.5) == clean[0]
+        assert server.count(fault) == 8, "once for teacher and customer of each conversation"
 
 
 def test_a_slow_start_is_waited_for(clean):
-    began = time.monotonic()
-    with pytest.MonkeyPatch.context() as patch, hostile(PLAYER, lambda *_: "503" if time.monotonic() < began + 0.7 else OK) as server:
+    with pytest.MonkeyPatch.context() as patch, hostile(PLAYER) as server:
+        server.fault = lambda *_: "503" if not server.log or time.monotonic() < server.log[0][0] + 0.5 else OK
         patch.setattr(endpoint, "BACKOFF_S", 0.1)
         assert held(server.url) == clean[0] and server.count("503") > 1
 
@@ -325,6 +324,12 @@ def test_a_server_that_ignores_a_schema_is_found_out_once():
         assert formats(server) == ["json_schema", *[None] * 5]
         ask(server.url, CHATS, SCHEMA)
         assert len(server.log) == 6, "what was sent before it was known is found as well"
+
+
+def test_a_refusal_for_another_reason_does_not_end_structured_output():
+    with hostile(lambda *_: STEP, lambda request, _: (400, {}, "{}") if "3" in request["messages"][0]["content"] else OK) as server:
+        answers = ask(server.url, CHATS, SCHEMA)
+        assert [type(answer) for answer in answers].count(EndpointFailure) == 1 and set(formats(server)) == {"json_schema"} and len(server.log) == 6
 
 
 def test_fields_that_a_server_does_not_know_are_left_out():
