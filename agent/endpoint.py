@@ -306,7 +306,8 @@ class Endpoint:
             return InputError(f"{url} wants to be paid first (HTTP 402)", "every answer so far is kept: top up the account and run again")
         if status == 404:
             return InputError(f"{url} does not serve the model '{self.params.model}' (HTTP 404)", "correct base_url or model in params.yaml")
-        if status not in (408, 409, 425, 429) and status < 500:
+        # llama-cpp-python's server answers 500 where it does not know a response format.
+        if (status not in (408, 409, 425, 429) and status < 500) or (status == 500 and "response_format" in words):
             return _Refused(status, words)
         wait_s = retry_after(error.response.headers.get("retry-after"))
         if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:

@@ -306,10 +306,10 @@ def test_a_server_that_takes_a_schema_gets_it_with_every_request():
         assert sent["schema"] == SCHEMA and sent["strict"] is True
 
 
-@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("status", [400, 422, 500])
 @pytest.mark.parametrize("refused, found", [
-    ([("json_schema", "no")], ["json_schema", *["json_object"] * 7]),
-    ([("json_schema", "no"), ("json_object", "no")], ["json_schema", "json_object", *[None] * 7])])
+    ([("json_schema", "response_format: no")], ["json_schema", *["json_object"] * 7]),
+    ([("json_schema", "response_format: no"), ("json_object", "response_format: no")], ["json_schema", "json_object", *[None] * 7])])
 def test_a_server_that_refuses_a_schema_is_asked_once_and_that_is_remembered(status, refused, found):
     with hostile(lambda *_: STEP, refusing(*refused, status=status)) as server:
         assert [answer.text for answer in ask(server.url, CHATS, SCHEMA)] == [STEP] * 6
