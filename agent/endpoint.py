@@ -39,8 +39,8 @@ CHARS_PER_TOKEN = 3
 """For servers that report no usage; fewer than the usual four, so that the dollars are rather too many."""
 OURS = {"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "seed", "response_format", "stream", "n"}
 """Fields of a request that have a parameter of their own, or that would change what an answer is."""
-KEY_PIECE = 6
-"""A server's message that holds this many characters of the key in a row is not repeated."""
+KEY_LENGTH, KEY_PIECE = 12, 6
+"""A key this long is taken out of answers; an error message that holds a piece this long of it is not repeated."""
 
 
 class EndpointParams(BaseModel):
@@ -132,7 +132,7 @@ class Endpoint:
 
     def __init__(self, params: EndpointParams, url: str, key: str, responses: Responses | None, spend: Spend, *, offline: bool = False) -> None:
         self.params = params
-        self._url, self._key, self._responses, self._spend, self._offline = url.rstrip("/"), key, responses, spend, offline
+        self._key, self._responses, self._spend, self._offline = key, responses, spend, offline
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=params.timeout_s, max_retries=0)
         self._price = FREE if params.simulated else params.price
         self._gate = Gate(params.max_concurrency)
@@ -214,10 +214,9 @@ class Endpoint:
 
     def _settle(self, schema: dict[str, Any] | None, dialect: Dialect) -> None:
         structured = schema is not None and not self.params.simulated
-        if self._dialects.get(structured) != dialect:
-            self._dialects[structured] = dialect
-            if self._responses is not None:
-                self._responses.set_note(self._note_name(structured), asdict(dialect))
+        self._dialects[structured] = dialect
+        if self._responses is not None:
+            self._responses.set_note(self._note_name(structured), asdict(dialect))
 
     async def _ask(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion:
         """Ask the server; the first call of all goes alone, to find out which parts of a request the server takes."""
@@ -228,19 +227,21 @@ class Endpoint:
         return await self._ask_in(messages, sample, schema)
 
     async def _ask_in(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion:
-        dialect, _ = self._dialect(schema)
+        known, settled = self._dialect(schema)
+        dialect = known
         while True:
             request = self._request(messages, sample, schema, dialect)
             try:
                 completion = await self._tries(request, sample)
             except _Refused as refused:
-                if (lesser := dialect.lesser(request, refused.words)) is None:
+                if (lesser := dialect.lesser(request, refused.words, settled)) is None:
                     raise self._give_up(f"HTTP {refused.status}", refused.words, down=False) from None
                 dialect = lesser
                 continue
             if "response_format" in request and completion.finish_reason == "stop" and ignores_schema(completion.text):
-                dialect = dialect.looser
-            self._settle(schema, dialect)
+                dialect = replace(dialect, output="text")
+            if not settled or dialect != known:  # a call that learnt nothing does not overrule one that did
+                self._settle(schema, dialect)
             return completion
 
     async def _tries(self, request: dict[str, Any], sample: int) -> Completion:
@@ -305,7 +306,8 @@ class Endpoint:
             return InputError(f"{url} wants to be paid first (HTTP 402)", "every answer so far is kept: top up the account and run again")
         if status == 404:
             return InputError(f"{url} does not serve the model '{self.params.model}' (HTTP 404)", "correct base_url or model in params.yaml")
-        if status not in (408, 409, 425, 429) and status < 500:
+        # llama-cpp-python's server answers 500 where it does not know a response format.
+        if (status not in (408, 409, 425, 429) and status < 500) or (status == 500 and "response_format" in words):
             return _Refused(status, words)
         wait_s = retry_after(error.response.headers.get("retry-after"))
         if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:
@@ -324,7 +326,7 @@ class Endpoint:
 
     def _read(self, body: str, request: dict[str, Any], sample: int, room: Room) -> Completion:
         """The answer in a response's body, stored before anything else happens."""
-        if self.params.api_key_env and len(self._key) > KEY_PIECE:
+        if self.params.api_key_env and len(self._key) >= KEY_LENGTH:
             body = body.replace(self._key, "[key]")
         try:
             document = json.loads(body)

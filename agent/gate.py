@@ -8,12 +8,18 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+START = 4
+
 
 class Gate:
-    """How many calls may be in flight: additive increase, multiplicative decrease (Chiu and Jain, 1989), from 1 to `most`."""
+    """How many calls may be in flight, from 1 to `most`.
+
+    Additive increase, multiplicative decrease (Chiu and Jain, 1989); up to the first overload the limit doubles with each
+    round, from a few (TCP's slow start, Jacobson, 1988).
+    """
 
     def __init__(self, most: int) -> None:
-        self._most, self._limit = most, float(most)
+        self._most, self._limit = most, float(min(most, START))
         self._in_flight = 0
         self._cut_at = self._not_before = -math.inf
         self._changed = asyncio.Condition()
@@ -34,8 +40,8 @@ class Gate:
                 self._changed.notify_all()
 
     def succeeded(self) -> None:
-        """One more slot after each round of successes."""
-        self._limit = min(self._most, self._limit + 1 / self._limit)
+        """One more slot after each round of successes, or after each success as long as there was no overload."""
+        self._limit = min(self._most, self._limit + (1 if self._cut_at == -math.inf else 1 / self._limit))
 
     def overloaded(self, started: float, wait_s: float | None) -> None:
         """Half the slots; once for all the calls that were in flight together."""

@@ -70,18 +70,18 @@ class Dialect:
     seed: bool = True
     max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
-    def lesser(self, request: dict[str, Any], words: str) -> Dialect | None:
-        """The next one to try after a refusal: without what the server's words name, else with less of structured output."""
+    def lesser(self, request: dict[str, Any], words: str, settled: bool) -> Dialect | None:
+        """The next one to try after a refusal: without what the server's words name, else with less of structured output.
+
+        A server that has taken such requests before (`settled`) refuses this one for another reason, unless it says so.
+        """
         if "max_completion_tokens" in words and self.max_tokens == "max_tokens":
             return replace(self, max_tokens="max_completion_tokens")
         if "seed" in words and self.seed:
             return replace(self, seed=False)
-        return self.looser if "response_format" in request else None
-
-    @property
-    def looser(self) -> Dialect:
-        """With one grade less of structured output."""
-        return replace(self, output="json_object" if self.output == "json_schema" else "text")
+        if "response_format" in request and (not settled or "response_format" in words or "schema" in words):
+            return replace(self, output="json_object" if self.output == "json_schema" else "text")
+        return None
 
 
 def ignores_schema(text: str) -> bool:

@@ -43,7 +43,7 @@ def quick(tmp_path, monkeypatch):
 
 
 def elsewhere(url, **changes):
-    ours = {"base_url": url, "model": "paid", "api_key_env": "TEACHER_KEY", "timeout_s": 5.0, "price": PRICE}
+    ours = {"base_url": url, "model": "paid", "api_key_env": "TEACHER_KEY", "timeout_s": 60.0, "price": PRICE}
     return {**PARAMS["teacher_gen"]["teacher"], **ours, **changes}
 
 
@@ -91,13 +91,13 @@ def test_a_fault_that_passes_changes_nothing(clean, fault):
 def test_an_answer_that_does_not_end_is_cut_off_and_asked_for_again(clean, fault):
     with hostile(PLAYER, lambda request, nth: fault if nth == 0 and len(request["messages"]) == 2 else OK) as server:
         began = time.monotonic()
-        assert held(server.url, timeout_s=0.5) == clean[0]
-        assert server.count(fault) == 8 and time.monotonic() - began < 60, "once for teacher and customer of each conversation"
+        assert held(server.url, timeout_s=1.5) == clean[0] and time.monotonic() - began < 30
+        assert server.count(fault) == 8, "once for teacher and customer of each conversation"
 
 
 def test_a_slow_start_is_waited_for(clean):
-    began = time.monotonic()
-    with pytest.MonkeyPatch.context() as patch, hostile(PLAYER, lambda *_: "503" if time.monotonic() < began + 0.7 else OK) as server:
+    with pytest.MonkeyPatch.context() as patch, hostile(PLAYER) as server:
+        server.fault = lambda *_: "503" if not server.log or time.monotonic() < server.log[0][0] + 0.5 else OK
         patch.setattr(endpoint, "BACKOFF_S", 0.1)
         assert held(server.url) == clean[0] and server.count("503") > 1
 
@@ -183,7 +183,7 @@ def test_the_limit_follows_what_the_server_can_take():
         answers = ask(server.url, chats, max_concurrency=64)
         refused = [at for at, fault, *_ in server.log if fault == "429"]
     assert all(isinstance(answer, Completion) for answer in answers) and len(server.log) - len(refused) == 100
-    assert 0 < len(refused) < 100, "64 at once would be refused far more often than they are answered"
+    assert 0 < len(refused) < 50, "64 at once would be refused far more often than they are answered"
 
 
 @pytest.mark.parametrize("header", [lambda: "1", lambda: email.utils.formatdate(time.time() + 2, usegmt=True)], ids=["seconds", "date"])
@@ -307,10 +307,10 @@ def test_a_server_that_takes_a_schema_gets_it_with_every_request():
         assert sent["schema"] == SCHEMA and sent["strict"] is True
 
 
-@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("status", [400, 422, 500])
 @pytest.mark.parametrize("refused, found", [
-    ([("json_schema", "no")], ["json_schema", *["json_object"] * 7]),
-    ([("json_schema", "no"), ("json_object", "no")], ["json_schema", "json_object", *[None] * 7])])
+    ([("json_schema", "response_format: no")], ["json_schema", *["json_object"] * 7]),
+    ([("json_schema", "response_format: no"), ("json_object", "response_format: no")], ["json_schema", "json_object", *[None] * 7])])
 def test_a_server_that_refuses_a_schema_is_asked_once_and_that_is_remembered(status, refused, found):
     with hostile(lambda *_: STEP, refusing(*refused, status=status)) as server:
         assert [answer.text for answer in ask(server.url, CHATS, SCHEMA)] == [STEP] * 6
@@ -322,9 +322,15 @@ def test_a_server_that_ignores_a_schema_is_found_out_once():
     with hostile(lambda *_: "Sure, I can help with that!") as server:
         answers = ask(server.url, CHATS, SCHEMA)
         assert {answer.text for answer in answers} == {"Sure, I can help with that!"}, "it is the model's own answer, and paid for"
-        assert formats(server) == ["json_schema", "json_object", *[None] * 4]
+        assert formats(server) == ["json_schema", *[None] * 5]
         ask(server.url, CHATS, SCHEMA)
         assert len(server.log) == 6, "what was sent before it was known is found as well"
+
+
+def test_a_refusal_for_another_reason_does_not_end_structured_output():
+    with hostile(lambda *_: STEP, lambda request, _: (400, {}, "{}") if "3" in request["messages"][0]["content"] else OK) as server:
+        answers = ask(server.url, CHATS, SCHEMA)
+        assert [type(answer) for answer in answers].count(EndpointFailure) == 1 and set(formats(server)) == {"json_schema"} and len(server.log) == 6
 
 
 def test_fields_that_a_server_does_not_know_are_left_out():
@@ -497,7 +503,7 @@ def test_the_key_is_sent_and_is_nowhere_else(tmp_path, fault, returncode):
     slug = PARAMS["data"]["held_out"]
     answer = lambda messages, seed: completion(f"you sent {KEY}") if "support agent of" in messages[0]["content"] else "hi"  # noqa: E731
     with hostile(answer, lambda *_: OK if fault == "echo" else fault) as server:
-        once = elsewhere(server.url, timeout_s=3.0)
+        once = elsewhere(server.url)
         workspace(tmp_path, data={"scenarios_per_company": 1, "held_out": slug}, teacher_gen={"attempts": 1, "teacher": once, "customer": once})
         running = process(tmp_path, TEACHER_KEY=KEY, OPENAI_LOG="debug")
         out, err = running.communicate(timeout=120)

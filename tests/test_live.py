@@ -21,10 +21,10 @@ from schemas.tables import Traces
 from schemas.traces import Message, Role
 from stages import teacher_gen
 from stages._conversations import Conversation
-from stages._stage import read_table
+from stages._stage import DataParams, load_params, read_table, used_companies
 from stages.eval_judge import EvalJudgeParams, judge_all, read_verdict
 from stages.verify import Gate, check_all
-from tests.helpers import PARAMS, inside, real, workspace
+from tests.helpers import COMPANIES, PARAMS, inside, workspace
 from tests.test_endpoint import elsewhere, opened
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
@@ -79,7 +79,7 @@ def played_by(url, **changes):
 
 
 def test_structured_output_is_found_out_and_holds_the_model_to_a_step(server):
-    """This server refuses `json_schema` (422) and takes the schema with `json_object`."""
+    """This server refuses `json_schema`, with a 500, and takes the schema with `json_object`."""
     async def steps():
         async with opened(server, **{key: value for key, value in played_by(server).items() if key != "base_url"}) as one:
             answers = [await one.chat([{"role": "user", "content": text}], schema=action_json_schema(["delivery"], bounded=True))
@@ -92,18 +92,19 @@ def test_structured_output_is_found_out_and_holds_the_model_to_a_step(server):
     assert all(answer.prompt_tokens > 10 and answer.completion_tokens > 5 for answer in answers)
 
 
-def test_generation_ends_in_verified_rejections_and_not_in_crashes(server, tmp_path, monkeypatch):
+def test_generation_ends_in_verified_rejections_and_not_in_crashes(server, tmp_path):
+    (tmp_path / "data/companies").mkdir(parents=True)
+    for slug in ("gym", *PARAMS["data"]["held_out"]):  # three conversations, for the server is slow
+        (tmp_path / "data/companies" / slug).symlink_to(COMPANIES / slug)
     workspace(tmp_path, data={**PARAMS["data"], "scenarios_per_company": 1},
               teacher_gen={"attempts": 1, "teacher": played_by(server), "customer": played_by(server)})
-    companies = {slug: real(slug) for slug in ("gym", *PARAMS["data"]["held_out"])}
-    slices = {slug: company.model_copy(update={"scenarios": company.scenarios[:1]}) for slug, company in companies.items()}
-    monkeypatch.setattr(teacher_gen, "used_companies", lambda data: slices)  # three scenarios, for the server is slow
     with inside(tmp_path):
         teacher_gen.main()
         table = read_table(teacher_gen.TRACES, Traces)
+        companies = used_companies(load_params("data", DataParams))
     assert table["failure"].null_count() == len(table) and (table["role"] == "agent").sum() >= 3
     assert table.filter(table["role"] != "tool")["prompt_tokens"].min() > 0
-    verdicts = check_all(table, Gate(slices, PARAMS["data"]["held_out"]), set(PARAMS["data"]["held_out"]))
+    verdicts = check_all(table, Gate(companies, PARAMS["data"]["held_out"]), set(PARAMS["data"]["held_out"]))
     assert len(verdicts) == 3 and Counter(verdict is not None for verdict in verdicts.values())[True] >= 1
 
 
