@@ -18,7 +18,7 @@ import httpx2
 import openai
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agent.gate import Gate
+from agent.concurrency import ConcurrencyLimit
 from agent.responses import RESPONSES, Completion, Responses, request_key
 from agent.spend import FREE, EndpointFailure, Price, Room, Spend, Stopped, Usage
 from agent.wire import Answer, Counted, Dialect, Metered, ignores_schema, retry_after
@@ -135,7 +135,7 @@ class Endpoint:
         self._key, self._responses, self._spend, self._offline = key, responses, spend, offline
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=params.timeout_s, max_retries=0)
         self._price = FREE if params.simulated else params.price
-        self._gate = Gate(params.max_concurrency)
+        self._limit = ConcurrencyLimit(params.max_concurrency)
         self._dialects: dict[bool, Dialect] = {}
         self._settling = asyncio.Lock()
         self._answered = False
@@ -254,7 +254,7 @@ class Endpoint:
             paid += last.paid
             if paid == PAID_TRIES or attempt + 1 == TRIES:
                 break
-            if not last.wait_s:  # where the server named a time, the gate keeps it
+            if not last.wait_s:  # where the server named a time, the limit keeps it
                 await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (attempt + 1))))
         raise self._give_up(last.why, "", down=not last.paid, unreachable=last.unreachable)
 
@@ -277,7 +277,7 @@ class Endpoint:
     async def _one_try(self, request: dict[str, Any], sample: int) -> Completion:
         worst = len(json.dumps(request, ensure_ascii=False).encode("utf-8", "replace"))
         worst_usd = self._price.of(worst, 0, self.params.max_tokens) if self._price else 0.0
-        async with self._gate.slot() as started, self._spend.room_for(worst_usd) as room:
+        async with self._limit.slot() as started, self._spend.room_for(worst_usd) as room:
             try:
                 async with asyncio.timeout(self.params.timeout_s):
                     body = await self._client.post("/chat/completions", body=request, cast_to=str)
@@ -292,7 +292,7 @@ class Endpoint:
                 room.lost()
                 raise _Again("the connection broke") from None
             completion = self._read(body, request, sample, room)
-            self._gate.succeeded()
+            self._limit.succeeded()
             return completion
 
     def _status(self, error: openai.APIStatusError, started: float) -> Exception:
@@ -313,7 +313,7 @@ class Endpoint:
         if wait_s is not None and wait_s > MAX_RETRY_AFTER_S:
             return InputError(f"{url} asks to wait {wait_s:.0f} s (HTTP {status})", "every answer so far is kept: run again after that time")
         if status in (429, 503, 529):
-            self._gate.overloaded(started, wait_s)
+            self._limit.overloaded(started, wait_s)
         return _Again(f"HTTP {status}", wait_s if status in (429, 503, 529) else None)
 
     def _words(self, error: openai.APIStatusError) -> str:

@@ -221,7 +221,7 @@ def load_company(slug: str, root: Path = COMPANIES) -> Company:
     if not (folder / "company.yaml").is_file():
         raise InputError(f"unknown company '{slug}': {folder}/company.yaml does not exist",
                          f"companies here: {', '.join(company_slugs(root)) or 'none'}")
-    profile = _validate(Profile, _read_yaml(folder / "company.yaml"), folder / "company.yaml")
+    profile = _validate(Profile, read_yaml(folder / "company.yaml"), folder / "company.yaml")
     policy = _read_text(folder / "policy.md").strip()
     if not policy:
         raise InputError(f"{folder / 'policy.md'} is empty", "state the policy in at most 150 words")
@@ -245,7 +245,12 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error}", "the file must exist and be UTF-8 text") from None
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; a key that occurs twice is a fault.
+
+    Raises:
+        InputError: the file cannot be read, or is not YAML.
+    """
     try:
         return yaml.load(_read_text(path), Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
@@ -277,7 +282,7 @@ def _read_article(path: Path) -> Article:
 
 
 def _read_scenarios(path: Path, profile: Profile) -> list[Scenario]:
-    data = _read_yaml(path)
+    data = read_yaml(path)
     if not isinstance(data, list):
         raise InputError(f"{path} is not a list of scenarios", "start each scenario with '- id: …'")
     scenarios = []

@@ -10,30 +10,33 @@ from schemas.metrics import Count, Model, Rate
 from schemas.operating import Scorer
 
 
-class Counted(BaseModel):
-    """k of n, with the 95 % interval; a file may say more about a rate."""
+class _Known(BaseModel):
+    """What is read of a file that says more."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Counted(_Known):
+    """k of n, with the 95 % interval; a file may say more about a rate."""
+
     k: Count
     n: Count
     low: Rate
     high: Rate
 
 
-class ExactCounted(BaseModel):
+class ExactCounted(_Known):
     """One model on one company."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     action_accuracy: Counted
     escalate_recall: Counted
     over_escalation: Counted
     valid_output: Counted
 
 
-class JudgeCounted(BaseModel):
+class JudgeCounted(_Known):
     """One model on one company."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     acceptable: Counted
 
 
@@ -41,10 +44,9 @@ class ExactCounts(RootModel[Annotated[dict[str, dict[Model, ExactCounted]], Fiel
     """`metrics/eval_exact_counts.json`: company -> model -> counts."""
 
 
-class JudgeCounts(BaseModel):
+class JudgeCounts(_Known):
     """`metrics/eval_judge_counts.json`: who judged, what that cost, and beside it company -> model -> counts."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, dict[Model, JudgeCounted]]
     judge: str
     cost: dict[str, Count | float | None] = Field({}, description="empty in a revision from before it was counted")
@@ -57,42 +59,38 @@ class Bin(Counted):
     observed: Rate
 
 
-class AtThreshold(BaseModel):
+class AtThreshold(_Known):
     """What the threshold does."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     escalate_recall: Counted
     over_escalation: Counted
 
 
-class Area(BaseModel):
+class Area(_Known):
     """A score's curve in figures; null where the turns are all of one kind."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     value: Rate | None
     cluster_low: Rate | None
     cluster_high: Rate | None
     recall_at_5_percent: Rate | None
 
 
-class Brier(BaseModel):
+class Brier(_Known):
     """Brier score of the score as it is, and of saying the turns' own share of hand-offs every time."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     raw: Rate
     constant: Rate
 
 
-class Measured(BaseModel):
+class Measured(_Known):
     """One score on one company."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     at_threshold: AtThreshold
     auc: Area
     brier: Brier
 
 
-class Reliability(BaseModel):
+class Reliability(_Known):
     """Bins of the score as it is, and after the map to probabilities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -106,7 +104,7 @@ class Binned(Measured):
     reliability: Reliability
 
 
-class Pooled(BaseModel):
+class Pooled(_Known):
     """All held-out companies together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -116,17 +114,15 @@ class Pooled(BaseModel):
     embedding: Measured
 
 
-class HeldOut(BaseModel):
+class HeldOut(_Known):
     """All held-out companies together, and beside it company -> score -> figures."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     __pydantic_extra__: dict[str, dict[Scorer, Measured]]
     pooled: Pooled
 
 
-class CalibrateDetail(BaseModel):
+class CalibrateDetail(_Known):
     """`metrics/calibrate_detail.json`."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
     held_out: HeldOut
     warnings: list[str]

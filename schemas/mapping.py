@@ -12,7 +12,7 @@ from re import Pattern
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from schemas.action import ARGS, TOOLS, ActionName, HandoffReason
-from schemas.company import _read_yaml  # private there: that file is a dependency of training and shall not change for a name
+from schemas.company import read_yaml
 from schemas.errors import InputError
 
 
@@ -101,7 +101,7 @@ def load_mapping(path: Path) -> Mapping:
         InputError: it is missing or broken; says the field and what to do.
     """
     try:
-        return Mapping.model_validate(_read_yaml(path))
+        return Mapping.model_validate(read_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "as a whole"

@@ -57,7 +57,7 @@ BASE_CALIBRATION = Path("data/predict/base_calibration.parquet")
 STUDENT_REPLIES = Path("data/predict/student.parquet")
 STUDENT_CALIBRATION = Path("data/predict/student_calibration.parquet")
 PROBE_LAYER = 15
-"""Where the base model is probed: the middle. Layers 14 to 26 rank alike, and the lowest of them costs least."""
+"""Where the base model is probed: the middle of its 30 layers, which halves the cost of reading. Other layers were not compared."""
 Item = tuple[str, str, Encoded]
 """What may be read together, conversation id, tokens."""
 

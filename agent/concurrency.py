@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 START = 4
 
 
-class Gate:
+class ConcurrencyLimit:
     """How many calls may be in flight, from 1 to `most`.
 
     Additive increase, multiplicative decrease (Chiu and Jain, 1989); up to the first overload the limit doubles with each
