@@ -97,8 +97,8 @@ def load_base(params: StudentParams) -> Any:
     return model
 
 
-def load_student(params: StudentParams, adapter: Path) -> tuple[Any, HandoffHead]:
-    """The base model with its adapter, ready to decode, and its hand-off head.
+def load_student(params: StudentParams, adapter: Path) -> Any:
+    """The base model with its adapter, ready to decode.
 
     Unpacked weights take the adapter in; packed ones keep it beside them.
 
@@ -107,46 +107,10 @@ def load_student(params: StudentParams, adapter: Path) -> tuple[Any, HandoffHead
     """
     from peft import PeftModel
 
-    if not all((adapter / name).is_file() for name in ("adapter_config.json", HandoffHead.FILE)):
-        raise InputError(f"{adapter} holds no adapter with a hand-off head", "dvc repro qlora_train, or dvc pull")
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"{adapter} holds no adapter", "dvc repro qlora_train, or dvc pull")
     model = PeftModel.from_pretrained(load_base(params), adapter)
-    head = HandoffHead(model.config.get_text_config().hidden_size)
-    head.load(adapter)
-    return (model.merge_and_unload() if params.unpack_once else model).eval(), head.to(model.device)
-
-
-class HandoffHead(torch.nn.Linear):
-    """How likely the agent hands off at this step: a logistic head on the last hidden state of the prompt, before a word is written.
-
-    Trained together with the adapter, its gradient reaching it. After the value head that Kadavath et al. (2022, "Language
-    Models (Mostly) Know What They Know", P(IK)) put on the last token of a question.
-
-    Args:
-        size: of a hidden state, H.
-    """
-
-    FILE = "handoff_head.safetensors"
-
-    def __init__(self, size: int) -> None:
-        super().__init__(size, 1)
-        torch.nn.init.zeros_(self.weight)
-        torch.nn.init.zeros_(self.bias)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Log-odds, shape (N,), from hidden states, (N, H)."""
-        return super().forward(states.to(self.weight.dtype))[:, 0]
-
-    def save(self, folder: Path) -> None:
-        """Write the head beside an adapter."""
-        from safetensors.torch import save_file
-
-        save_file(self.state_dict(), folder / self.FILE)
-
-    def load(self, folder: Path) -> None:
-        """Take the values of a head that was saved."""
-        from safetensors.torch import load_file
-
-        self.load_state_dict(load_file(folder / self.FILE))
+    return (model.merge_and_unload() if params.unpack_once else model).eval()
 
 
 def _unpack(model: Any) -> None:

@@ -71,10 +71,11 @@ class OversampleMetrics(_Metrics):
 
 
 class QloraTrainMetrics(_Metrics):
-    """`metrics/qlora_train.json`."""
+    """`metrics/qlora_train.json`: what is learnt in an epoch; tokens are those of the distinct conversations."""
 
     student: str
     conversations: Count
+    distinct_conversations: Count
     tokens: Count
     supervised_tokens: Count
     steps: Count

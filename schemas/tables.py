@@ -85,19 +85,17 @@ class Replies(pa.DataFrameModel):
     decoding: str = pa.Field(isin=["free", "schema"])
     raw: str
     other: str = pa.Field(nullable=True, isin=_ACTIONS, description="the most likely action but escalate, null where no action was begun")
-    p_escalate: float = pa.Field(ge=0, le=1, description="how likely the model hands off at this turn, before it writes")
 
     class Config:
         strict = True
 
 
 class Scores(pa.DataFrameModel):
-    """predict's second table: one row an agent turn of the calibration split."""
+    """probe's table: one row an agent turn of the calibration and held-out conversations."""
 
     conversation_id: str
-    number: int = pa.Field(ge=0)
-    model: str = pa.Field(isin=["base", "student"])
-    p_escalate: float = pa.Field(ge=0, le=1)
+    number: int = pa.Field(ge=0, description="which agent turn of the conversation")
+    p_escalate: float = pa.Field(ge=0, le=1, description="how likely the turn is to be handed off, before a word is written")
 
     class Config:
         strict = True
@@ -117,7 +115,7 @@ class Predictions(pa.DataFrameModel):
     action: str = pa.Field(nullable=True, isin=_ACTIONS, description="null where the text is not a valid step")
     reason: str = pa.Field(nullable=True, isin=_REASONS)
     fault: str = pa.Field(nullable=True, isin=list(ActionFault))
-    p_escalate: float = pa.Field(nullable=True, ge=0, le=1, description="how likely the model hands off at this turn; alike for every decoding")
+    p_escalate: float = pa.Field(nullable=True, ge=0, le=1, description="how likely the turn is to be handed off; alike for both models")
     other_action: str = pa.Field(nullable=True, isin=_ACTIONS, description="its best action other than escalate, where its own is escalate")
 
     class Config:
@@ -129,12 +127,11 @@ SCORED = {"base": "schema", "student": "free"}
 
 
 class Calibration(pa.DataFrameModel):
-    """eval_exact's second table: one row an agent turn of the calibration split and model."""
+    """eval_exact's second table: one row an agent turn of the calibration split."""
 
     company: str
     conversation_id: str
     index: int = pa.Field(ge=0)
-    model: str = pa.Field(isin=["base", "student"])
     gold_action: str = pa.Field(isin=_ACTIONS)
     p_escalate: float = pa.Field(ge=0, le=1)
 

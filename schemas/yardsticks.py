@@ -1,4 +1,4 @@
-"""Yardsticks: classifiers of the customer's words that the student's score has to beat."""
+"""Hand-off scores that were fitted: the probe, and the yardsticks that it has to beat, classifiers of the customer's words."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Ranking(BaseModel):
     recall_at_5_percent: Share
 
 
-class YardstickFigures(BaseModel):
-    """One yardstick: its strength of fit, and its ranking of turns that it was not fitted on; null where one kind of turn is missing."""
+class ScoreFigures(BaseModel):
+    """A score that was fitted: its strength of fit, and its ranking of turns that it was not fitted on; null where one kind of turn is missing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     inverse_regularisation: float = Field(gt=0)
@@ -53,5 +53,12 @@ class YardstickFigures(BaseModel):
     held_out: dict[str, Ranking | None]
 
 
-class YardsticksMetrics(RootModel[dict[Yardstick, YardstickFigures]]):
+class YardsticksMetrics(RootModel[dict[Yardstick, ScoreFigures]]):
     """`metrics/yardsticks.json`."""
+
+
+class ProbeMetrics(ScoreFigures):
+    """`metrics/probe.json`."""
+
+    student: str
+    layer: int = Field(ge=1, description="the probe reads what enters it")

@@ -13,6 +13,9 @@ from schemas.traces import Message, Role
 if TYPE_CHECKING:
     import polars as pl
 
+Item = tuple[str, str, Encoded]
+"""What may be read together, conversation id, tokens."""
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -32,7 +35,7 @@ def conversations(table: pl.DataFrame) -> Iterator[Conversation]:
             Message(Role(role), content) for role, content in part.select("role", "content").iter_rows()])
 
 
-def encode_table(table: pl.DataFrame, encoder: Encoder) -> list[tuple[str, str, Encoded]]:
+def encode_table(table: pl.DataFrame, encoder: Encoder) -> list[Item]:
     """(system prompt, conversation_id, tokens) for every conversation: what is computed once for several is their system prompt's.
 
     A company has one of its own; recorded conversations of one company may have begun with different ones.

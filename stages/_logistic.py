@@ -1,8 +1,8 @@
-"""Logistic regression with the strength of its regularisation chosen on companies that a fit has not seen."""
+"""Logistic regression with the strength of its regularisation chosen on companies that a fit has not seen, and what a score is worth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ def left_out_auc(make: Callable[[], Any], features: Any, handoff: Any, companies
         if len(set(handoff[out])) == 2 == len(set(handoff[~out])):
             found.append(roc_auc_score(handoff[out], make().fit(features[~out], handoff[~out]).predict_proba(features[out])[:, 1]))
     if not found:
-        raise InputError("the training split is too small for yardsticks: they need hand-offs in two companies",
+        raise InputError("the training split is too small for a hand-off score: it takes hand-offs in two companies",
                          "data.scenarios_per_company in params.yaml makes it larger")
     return float(np.mean(found))
 
@@ -50,3 +50,33 @@ def best_strength(features: Any, handoff: Any, companies: Any) -> tuple[float, f
     auc = {strength: left_out_auc(partial(logistic, strength), features, handoff, companies) for strength in STRENGTHS}
     best = max(auc, key=lambda strength: (auc[strength], -strength))
     return best, auc[best]
+
+
+def ranking(scores: Any, handoff: Collection[bool]) -> dict[str, float]:
+    """How well `scores` (n,) separate hand-off turns from the others.
+
+    Returns:
+        AUC, and the recall at the threshold where at most 5 % of the others are over-escalated; nothing where only one
+        of the two kinds of turn occurs.
+    """
+    import numpy as np
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    if len(set(handoff)) < 2:
+        return {}
+    false_rate, recall, _ = roc_curve(handoff, scores)
+    return {"auc": float(roc_auc_score(handoff, scores)), "recall_at_5_percent": float(recall[np.searchsorted(false_rate, 0.05, side="right") - 1])}
+
+
+def figures(strength: float, left_out: float, scores: dict[str, Any], handoff: dict[str, Any], companies: Any) -> dict[str, Any]:
+    """What `ScoreFigures` holds of one fit.
+
+    Args:
+        strength, left_out: the inverse regularisation, and the AUC on left-out training companies.
+        scores, handoff: `calibration` and `held_out` -> one value a turn.
+        companies: the company of every held-out turn.
+    """
+    return {"inverse_regularisation": float(strength), "left_out_company_auc": left_out,
+            "calibration": ranking(scores["calibration"], handoff["calibration"]) or None,
+            "held_out": {slug: ranking(scores["held_out"][companies == slug], handoff["held_out"][companies == slug]) or None
+                         for slug in sorted(set(companies))}}

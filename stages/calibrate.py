@@ -164,7 +164,8 @@ def worst(by_company: dict[str, dict[str, Any]], model: str) -> dict[str, Any]:
 def warnings_of(points: dict[str, Point], by_company: dict[str, dict[str, Any]], params: CalibrateParams) -> list[str]:
     """What a reader of the figures has to know and might not see."""
     found = []
-    for model, point in points.items():
+    for model in ("student", *Yardstick):
+        point = points[model]
         if extreme := degenerate(point.cut):
             found.append(f"{model}: on the calibration turns the rule comes down to '{extreme} hand off': the score is too weak for it")
         if point.slope == 0:
@@ -234,9 +235,9 @@ def main() -> None:
         raise InputError(f"{PREDICTIONS} does not exist", "run the stage that writes it: dvc repro eval_exact")
     predictions = scored_rows(parse_predictions(PREDICTIONS.read_bytes(), str(PREDICTIONS), with_score=True))
     own, yardsticks = read_table(CALIBRATION, Calibration), read_table(YARDSTICKS, YardstickScores)
-    columns = ["company", "conversation_id", "index", "model", "gold_action", SCORE]
-    calibration = pl.concat([own.select(columns), yardsticks.filter(pl.col("split") == "calibration").select(columns)])
-    points = {model: fit(calibration.filter(pl.col("model") == model), model, params) for model in (*SCORED, *Yardstick)}
+    probed = fit(own, "the probe", params)
+    points = {**dict.fromkeys(SCORED, probed), **{
+        name.value: fit(yardsticks.filter((pl.col("split") == "calibration") & (pl.col("model") == name)), name, params) for name in Yardstick}}
 
     held_out = {model: predictions.filter(pl.col("model") == model) for model in SCORED}
     for name in Yardstick:
@@ -252,7 +253,7 @@ def main() -> None:
     by_company = {company: found[company] for company in companies}
     warnings = warnings_of(points, by_company, params)
 
-    write_operating_point(own.filter(pl.col("model") == "student"), points["student"], params)
+    write_operating_point(own, probed, params)
     write_metrics(METRICS, {
         "threshold": points["student"].cut.threshold, "rule": params.rule.value,
         **{company: {model: short(of) for model, of in models.items()} for company, models in by_company.items()}}, CalibrateMetrics)

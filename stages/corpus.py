@@ -22,7 +22,8 @@ from agent.replay import reference_messages
 from schemas.action import TOOLS, ActionName
 from schemas.company import Company, Kind, load_company
 from schemas.errors import InputError
-from stages._bag_of_words import bag_of_words_model, ranking
+from stages._bag_of_words import bag_of_words_model
+from stages._logistic import ranking
 from stages._rules import examine
 from stages._stage import DataParams, load_params, run, say, used_companies, write_metrics
 

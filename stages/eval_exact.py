@@ -1,6 +1,6 @@
 """Score every reply against the gold step: action accuracy, escalation recall, over-escalation, valid output.
 
-Reads   data/verify/{held_out,calibration}.parquet, data/predict/{base,student}{,_calibration}.parquet
+Reads   data/verify/{held_out,calibration}.parquet, data/predict/{base,student}.parquet, data/probe/scores.parquet
 Writes  data/eval_exact/{predictions,calibration}.parquet, metrics/eval_exact.json, metrics/eval_exact_counts.json
 
 `valid_output` is measured free-running for both models. The other figures are the student's free-running ones and the
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 HELD_OUT = Path("data/verify/held_out.parquet")
 CALIBRATION = Path("data/verify/calibration.parquet")
 BASE_REPLIES = Path("data/predict/base.parquet")
-BASE_CALIBRATION = Path("data/predict/base_calibration.parquet")
 STUDENT_REPLIES = Path("data/predict/student.parquet")
-STUDENT_CALIBRATION = Path("data/predict/student_calibration.parquet")
+PROBED = Path("data/probe/scores.parquet")
 PREDICTIONS = Path("data/eval_exact/predictions.parquet")
 SCORES = Path("data/eval_exact/calibration.parquet")
 METRICS = Path("metrics/eval_exact.json")
@@ -86,17 +85,17 @@ def score(rows: pl.DataFrame, model: str) -> dict[str, tuple[int, int]]:
 def main() -> None:
     import polars as pl
 
-    gold = gold_turns(read_table(HELD_OUT, Verified))
+    gold, calibration = gold_turns(read_table(HELD_OUT, Verified)), gold_turns(read_table(CALIBRATION, Verified))
+    probed = read_table(PROBED, Scores)
     replies = parse_replies(pl.concat([read_table(BASE_REPLIES, Replies), read_table(STUDENT_REPLIES, Replies)]))
     for model, decoding in (("base", "free"), ("base", "schema"), ("student", "free")):
         mine = replies.filter((pl.col("model") == model) & (pl.col("decoding") == decoding))
         if missing := len(gold.join(mine, on=["conversation_id", "number"], how="anti")):
             raise InputError(f"{missing} of {len(gold)} agent turns have no {decoding} reply of {model}", f"dvc repro --force predict_{model}")
-    scores = gold_turns(read_table(CALIBRATION, Verified)).join(
-        pl.concat([read_table(BASE_CALIBRATION, Scores), read_table(STUDENT_CALIBRATION, Scores)]), on=["conversation_id", "number"], how="left")
-    if missing := scores["p_escalate"].null_count():
-        raise InputError(f"{missing} calibration turns have no score", "dvc repro --force predict_base predict_student")
-    write_table(SCORES, scores.sort("company", "conversation_id", "index", "model"), Calibration)
+    if missing := len(pl.concat([gold, calibration]).join(probed, on=["conversation_id", "number"], how="anti")):
+        raise InputError(f"{missing} of {len(gold) + len(calibration)} agent turns have no hand-off score", "dvc repro --force probe")
+    gold, calibration = (turns.join(probed, on=["conversation_id", "number"], how="inner") for turns in (gold, calibration))
+    write_table(SCORES, calibration.sort("company", "conversation_id", "index"), Calibration)
     rows = gold.join(replies, on=["conversation_id", "number"], how="inner").sort("company", "conversation_id", "index", "model", "decoding")
     write_table(PREDICTIONS, rows, Predictions)
     counts: dict[str, Any] = {company: {model: score(rows.filter(pl.col("company") == company), model) for model in SCORED}

@@ -1,12 +1,13 @@
 """Train the student's adapter on the agent's own turns.
 
 Reads   data/oversample/train.parquet
-Writes  models/qlora_train/ (adapter and hand-off head), metrics/qlora_train.json, metrics/qlora_train/ (the loss curve)
+Writes  models/qlora_train/ (the adapter), metrics/qlora_train.json, metrics/qlora_train/ (the loss curve)
 
 NF4 with double quantisation (bitsandbytes), LoRA (peft), TRL's SFTTrainer. A batch holds conversations of one company,
 so their common system prompt is computed once; the language-model head runs at supervised positions only. What enters
-the first layer with an adapter never changes, so it is computed once for all epochs and repeats. A killed run goes on
-from its last checkpoint, kept outside every DVC output.
+the first layer with an adapter never changes, so it is computed once for all epochs. A conversation that stands in the
+table several times is read once an epoch and weighs as much as all its copies: the gradient of a batch that holds them
+all. A killed run goes on from its last checkpoint, kept outside every DVC output.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import shutil
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,6 @@ from tqdm import tqdm
 from agent.encode import Encoded, Encoder
 from agent.paths import CACHE
 from agent.student import (
-    HandoffHead,
     StudentParams,
     load_base,
     load_tokenizer,
@@ -40,7 +41,7 @@ from agent.student import (
 from schemas.errors import InputError
 from schemas.metrics import QloraTrainMetrics
 from schemas.tables import Oversampled
-from stages._conversations import encode_table, handoffs
+from stages._conversations import encode_table
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
 
 if TYPE_CHECKING:
@@ -65,7 +66,6 @@ class QloraTrainParams(Params):
     rank: int = Field(ge=1)
     alpha: int = Field(ge=1)
     first_layer: int = Field(ge=0, description="layers below carry no adapter: nothing is kept for them and no gradient runs through them")
-    handoff_loss: float = Field(ge=0, description="weight of the hand-off head's loss beside that of the agent's words")
     learning_rate: float = Field(gt=0)
     epochs: int = Field(ge=1)
     batch_tokens: int = Field(ge=1, description="tokens computed at once, one optimiser step; bounds the memory")
@@ -89,11 +89,18 @@ def check_encoded(conversations: list[tuple[str, str, Encoded]], max_tokens: int
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One conversation to learn from: `group` is what it shares its prefix with, `handoffs` says which of its agent turns hand off."""
+    """One conversation to learn from: `group` is what it shares its prefix with, `times` how often it stands in the table."""
 
     group: str
     encoded: Encoded
-    handoffs: list[bool]
+    times: int
+
+
+def count_copies(conversations: list[tuple[str, str, Encoded]]) -> list[Example]:
+    """The conversations without their copies, in the order in which each comes first."""
+    times = Counter(tuple(encoded.ids) for _, _, encoded in conversations)
+    first = {tuple(encoded.ids): (group, encoded) for group, _, encoded in reversed(conversations)}
+    return [Example(*first[ids], count) for ids, count in times.items()]
 
 
 def make_batches(examples: list[Example], budget: int, seed: int) -> list[list[Example]]:
@@ -186,7 +193,7 @@ def collate(batch: list[Example], reader: Reader) -> dict[str, torch.Tensor]:
 
     Returns:
         `prefix` (1, P) and `rows`, `labels`, `mask` (B, L), prefix and rows with a last dimension H where they are states;
-        `ends` (N, 2), row and position of the last prompt token of every agent turn, and `handoffs` (N), 1 where it hands off.
+        `times` (B).
     """
     import torch
 
@@ -196,12 +203,11 @@ def collate(batch: list[Example], reader: Reader) -> dict[str, torch.Tensor]:
     labels, _ = stack_rows([torch.tensor(example.encoded.labels(IGNORE)[cut:]) for example in batch])
     return {
         "prefix": prefix, "rows": stacked, "labels": labels.masked_fill(mask == 0, IGNORE), "mask": mask,
-        "ends": torch.tensor([(row, start - cut - 1) for row, example in enumerate(batch) for start, _ in example.encoded.spans]),
-        "handoffs": torch.tensor([float(handoff) for example in batch for handoff in example.handoffs])}
+        "times": torch.tensor([example.times for example in batch])}
 
 
-def supervised_loss(model: Any, batch: dict[str, torch.Tensor], count: torch.Tensor | int | None, handoff_loss: float) -> torch.Tensor:
-    """Mean negative log-likelihood of the agent's tokens, and with weight `handoff_loss` that of the hand-off head at every agent turn.
+def supervised_nll(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of the agent's tokens, summed over a batch and its copies, and how many tokens that are.
 
     The language-model head runs at the agent's tokens only.
     """
@@ -211,35 +217,22 @@ def supervised_loss(model: Any, batch: dict[str, torch.Tensor], count: torch.Ten
     targets = batch["labels"][:, 1:]
     wanted = targets != IGNORE
     logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
-    total = torch.nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
-    loss = total / (wanted.sum() if count is None else count)
-    if handoff_loss:
-        odds = model.handoff_head(hidden[batch["ends"][:, 0], batch["ends"][:, 1]])
-        loss = loss + handoff_loss * torch.nn.functional.binary_cross_entropy_with_logits(odds, batch["handoffs"])
-    return loss
+    times = batch["times"][:, None].expand_as(targets)[wanted]
+    return torch.nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="none") @ times.float(), times.sum()
 
 
 def make_trainer(model: Any, tokenizer: Any, batches: list[list[Example]], reader: Reader, params: QloraTrainParams, folder: Path) -> SFTTrainer:
-    """TRL's trainer, one of our batches a step; checkpoints hold the hand-off head too."""
+    """TRL's trainer, one of our batches a step."""
     from datasets import Dataset
     from dvclive.huggingface import DVCLiveCallback
     from dvclive.live import Live
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    trained = model
-
     class AgentTurnTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            return supervised_loss(model, inputs, num_items_in_batch, params.handoff_loss)
-
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            super()._save(output_dir, state_dict)
-            trained.handoff_head.save(Path(output_dir or folder))
-
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            trained.handoff_head.load(Path(resume_from_checkpoint))
+            total, count = supervised_nll(model, inputs)
+            return total / count
 
     config = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=1, num_train_epochs=params.epochs, learning_rate=params.learning_rate,
@@ -273,15 +266,13 @@ def main() -> None:
     tokenizer = load_tokenizer(student)
     conversations = encode_table(table, Encoder(tokenizer))
     check_encoded(conversations, params.max_tokens)
-    which = handoffs(table)
-    batches = make_batches([Example(group, encoded, which[name]) for group, name, encoded in conversations], params.batch_tokens, params.seed)
+    batches = make_batches(count_copies(conversations), params.batch_tokens, params.seed)
     base = load_base(student)
     layers = base.config.get_text_config().num_hidden_layers
     model = get_peft_model(base, LoraConfig(
         r=params.rank, lora_alpha=params.alpha, target_modules=adapted(layers, params.first_layer), task_type="CAUSAL_LM"))
     folder = CHECKPOINTS / run_key(params, student)
     folder.mkdir(parents=True, exist_ok=True)
-    model.handoff_head = HandoffHead(base.config.get_text_config().hidden_size).to(base.device)
     reader = Reader(shares_prefix(base))
     started = time.monotonic()
     if params.first_layer:
@@ -295,15 +286,15 @@ def main() -> None:
     (CURVE / "params.yaml").unlink(missing_ok=True)
     shutil.rmtree(ADAPTER, ignore_errors=True)
     model.save_pretrained(str(ADAPTER))
-    model.handoff_head.save(ADAPTER)
     shutil.rmtree(folder)
-    tokens = sum(len(encoded.ids) for _, _, encoded in conversations)
-    supervised = sum(end - start for _, _, encoded in conversations for start, end in encoded.spans)
+    read = [example.encoded for batch in batches for example in batch]
+    tokens = sum(len(encoded.ids) for encoded in read)
     write_metrics(METRICS, {
-        "student": student.weights, "conversations": len(conversations), "tokens": tokens, "supervised_tokens": supervised,
+        "student": student.weights, "conversations": len(conversations), "distinct_conversations": len(read), "tokens": tokens,
+        "supervised_tokens": sum(end - start for encoded in read for start, end in encoded.spans),
         "steps": result.global_step, "train_loss": result.training_loss}, QloraTrainMetrics)
-    say(f"qlora_train: {len(conversations)} conversations, {params.epochs} epoch(s), {result.global_step} steps, loss {result.training_loss:.3f}, "
-        f"{tokens * params.epochs / seconds:.0f} tok/s")
+    say(f"qlora_train: {len(conversations)} conversations, {len(read)} without copies, {params.epochs} epoch(s), {result.global_step} steps, "
+        f"loss {result.training_loss:.3f}, {tokens * params.epochs / seconds:.0f} tok/s")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from schemas.errors import InputError
 from schemas.tables import Verified
 from schemas.traces import Role
 from schemas.yardsticks import Yardstick, YardstickScores, YardsticksMetrics
-from stages._bag_of_words import bag_of_words_model, ranking
-from stages._logistic import best_strength, left_out_auc, logistic
+from stages._bag_of_words import bag_of_words_model
+from stages._logistic import best_strength, figures, left_out_auc, logistic
 from stages._stage import read_table, run, say, write_metrics, write_table
 
 if TYPE_CHECKING:
@@ -117,11 +117,7 @@ def main() -> None:
         scores = {split: model.predict_proba(features[split])[:, 1] for split in ("calibration", "held_out")}
         frames += [turns[split].with_columns(pl.lit(split).alias("split"), pl.lit(name.value).alias("model"), pl.Series("p_escalate", score))
                    for split, score in scores.items()]
-        held = {slug: turns["held_out"]["company"].to_numpy() == slug for slug in turns["held_out"]["company"].unique().sort()}
-        metrics[name.value] = {
-            "inverse_regularisation": float(strength), "left_out_company_auc": left_out,
-            "calibration": ranking(scores["calibration"], handoff["calibration"]) or None,
-            "held_out": {slug: ranking(scores["held_out"][mine], handoff["held_out"][mine]) or None for slug, mine in held.items()}}
+        metrics[name.value] = figures(strength, left_out, scores, handoff, turns["held_out"]["company"].to_numpy())
         aucs = ", ".join(f"{slug} {of['auc']:.2f}" if of else f"{slug} –" for slug, of in metrics[name.value]["held_out"].items())
         say(f"yardsticks {name}: AUC on left-out training companies {left_out:.2f}, held out: {aucs}")
     write_table(SCORES, pl.concat(frames).sort("split", "company", "conversation_id", "index", "model"), YardstickScores)

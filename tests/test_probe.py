@@ -1,0 +1,96 @@
+"""The hand-off score, with the real base model on a few short conversations."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from schemas.errors import InputError
+from schemas.tables import Scores, Verified
+from stages._conversations import encode_table
+from stages._stage import read_table, write_table
+from stages.probe import prompt_states
+from tests.students import ALL, HANDOFF, LONG, SEARCH, SYSTEM, base, encoder, table
+
+ROOT = Path(__file__).parent.parent
+LAYER = 15
+
+
+def splits(**changed):
+    """Two training companies with hand-offs, one conversation to calibrate on and one held out."""
+    training = [table({f"{name}{i}": messages for i in range(2) for name, messages in ALL.items()}, company) for company in ("teashop", "tearoom")]
+    return {"train": pl.concat(training), "calibration": table({"c": HANDOFF}), "held_out": table({"h": LONG}, "tavern"), **changed}
+
+
+def run(folder, tables, layer=LAYER):
+    base()  # the weights are converted by now
+    (folder / "data/verify").mkdir(parents=True)
+    for split, part in tables.items():
+        write_table(folder / f"data/verify/{split}.parquet", part, Verified)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["probe"]["layer"] = layer
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    return subprocess.run([sys.executable, "-m", "stages.probe"], cwd=folder, capture_output=True, text=True, check=False, env={
+        "HANDOFF_CACHE": str(ROOT / ".cache"), **os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def scores(folder):
+    return {(name, number): p for name, number, p in read_table(folder / "data/probe/scores.parquet", Scores).iter_rows()}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe")
+    ended = run(folder, splits())
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def test_it_scores_every_turn_that_it_was_not_fitted_on(done):
+    found = scores(done)
+    assert set(found) == {("teashop/c/0", 0), *(("tavern/h/0", number) for number in range(3))}
+    assert found["teashop/c/0", 0] > 0.5 > max(found["tavern/h/0", number] for number in range(3)), "it has seen these very words"
+    metrics = json.loads((done / "metrics/probe.json").read_text(encoding="utf-8"))
+    assert metrics["layer"] == LAYER and set(metrics["held_out"]) == {"tavern"} and metrics["left_out_company_auc"] == 1
+
+
+def test_held_out_and_calibration_turns_do_not_reach_the_fit(done, tmp_path):
+    assert run(tmp_path, splits(held_out=table({"h": HANDOFF}, "tavern"), calibration=table({"c": HANDOFF, "d": SEARCH}))).returncode == 0
+    assert scores(tmp_path)["teashop/c/0", 0] == pytest.approx(scores(done)["teashop/c/0", 0], abs=1e-6)
+
+
+def test_the_file_beside_the_adapter_gives_the_scores_of_the_table(done):
+    with safe_open(done / "models/handoff_probe.safetensors", "pt") as file:
+        weight, bias, layer = file.get_tensor("weight"), file.get_tensor("bias"), int(file.metadata()["layer"])
+    example = encoder().conversation(SYSTEM, LONG)
+    for number, (start, _) in enumerate(example.spans):
+        with torch.inference_mode():
+            state = base()(torch.tensor([example.ids[:start]]), output_hidden_states=True).hidden_states[layer][0, -1]
+        assert float((state @ weight + bias).sigmoid()) == pytest.approx(scores(done)["tavern/h/0", number], abs=1e-3)
+
+
+def test_a_turns_state_is_that_of_its_prompt_and_of_nothing_that_comes_after():
+    states = prompt_states(encode_table(table({"s": SEARCH}), encoder()), base(), 30, "test")
+    example = encoder().conversation(SYSTEM, SEARCH)
+    for number, (start, _) in enumerate(example.spans):
+        with torch.inference_mode():
+            alone = base().model(torch.tensor([example.ids[:start]])).last_hidden_state[0, -1]
+        assert torch.allclose(torch.tensor(states["teashop/s/0", number]).float(), alone, atol=1e-3)
+
+
+def test_a_layer_that_is_not_there_is_one_sentence():
+    with pytest.raises(InputError, match=r"probe\.layer is 31, and the student has layers 0 to 29"):
+        prompt_states([], base(), 31, "test")
+
+
+def test_too_few_hand_offs_are_one_sentence_and_leave_no_output(tmp_path):
+    ended = run(tmp_path, splits(train=table({"s": SEARCH, "h": HANDOFF})))
+    assert ended.returncode == 1 and "the training split is too small for a hand-off score" in ended.stderr and "hint: " in ended.stderr
+    assert not (tmp_path / "data/probe").exists() and not (tmp_path / "models").exists()
