@@ -209,11 +209,11 @@ def write_operating_point(calibration: pl.DataFrame, point: Point, params: Calib
 
 
 def write_plots(held_out: dict[str, pl.DataFrame], pooled: dict[str, Any]) -> None:
-    """Curves of all models and the student's reliability as CSV, and the picture."""
+    """Curves of all scores and the student's reliability as CSV, and the picture; the base model's score is the student's."""
     import polars as pl
 
     PLOTS.mkdir(parents=True, exist_ok=True)
-    curves = {model: curve(rows) for model, rows in held_out.items()}
+    curves = {model: curve(rows) for model, rows in held_out.items() if model != "base"}
     for model, points in curves.items():
         frame = pl.DataFrame(points, orient="row", schema={"over_escalation": pl.Float64, "recall": pl.Float64})
         frame.write_csv(PLOTS / f"curve_{model}.csv", float_precision=4)

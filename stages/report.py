@@ -210,7 +210,7 @@ def score_figures(counts: dict[str, Any], found: dict[str, Any], judged: dict[st
         "operating": [figures.operating("all held-out companies", everything, at, curves), *(
             figures.operating(company, models, chosen[company], {name: figures.at_5_percent(found[company][name]["auc"]) for name in Yardstick})
             for company, models in counts.items())],
-        "legend": words.SCORERS | {"chosen": "student at the threshold"},
+        "legend": {"base": words.MODELS["base"], **words.SCORERS, "chosen": "student at the threshold"},
         "reliability": [figures.reliability(title, found[POOLED]["student"]["reliability"][version]) for version, title in
                         (("raw", "the score as it is"), ("recalibrated", "after the map to probabilities"))]}
 

@@ -245,7 +245,7 @@ def test_what_calibrate_found_is_shown(folder, html, data):
         assert f"<td>{of['brier']['raw']:.3f} ({of['brier']['constant']:.3f})</td>" in html
     for bins in detail["held_out"]["pooled"]["student"]["reliability"].values():
         assert all(f"{one['k']} of {one['n']} were ({one['observed']:.1%})" in html for one in bins)
-    assert html.count('class="line" points=') == len(words.SCORERS) + 1, "four curves and the training loss"
+    assert html.count('class="line" points=') == len(words.SCORERS) + 1, "a curve a score, and the training loss"
 
 
 def test_scores_are_embedded_where_the_predictions_have_them(folder):
@@ -302,8 +302,8 @@ def test_a_revision_that_cannot_be_read_is_one_sentence(repository, spoil):
     ("metrics/verify.json", None), ("metrics/verify.json", "{"), ("metrics/verify.json", "{}"), ("metrics/eval_exact_counts.json", "{}"),
     ("metrics/eval_exact_counts.json", '{"travel": {"student": {}}}'), ("metrics/eval_judge_counts.json", '{"travel": {}}'),
     ("metrics/teacher_gen.json", "[]"), ("metrics/calibrate_detail.json", '{"held_out": {}, "warnings": []}'),
-    ("models/operating_point.json", "{}"), ("metrics/calibrate/curve_base.csv", None), ("metrics/calibrate/curve_base.csv", "a,b\n1,2\n"),
-    ("metrics/calibrate/curve_base.csv", "over_escalation,recall\n0,much\n")])
+    ("models/operating_point.json", "{}"), ("metrics/calibrate/curve_embedding.csv", None), ("metrics/calibrate/curve_embedding.csv", "a,b\n1,2\n"),
+    ("metrics/calibrate/curve_embedding.csv", "over_escalation,recall\n0,much\n")])
 def test_a_file_of_figures_that_is_none_is_named(tmp_path, name, content):
     folder = report_inputs(tmp_path)
     path = folder / name
