@@ -91,10 +91,10 @@ class Replies(pa.DataFrameModel):
 
 
 class Scores(pa.DataFrameModel):
-    """probe's table: one row an agent turn of the calibration and held-out conversations."""
+    """handoff_score's table: one row an agent turn of the calibration and held-out conversations."""
 
     conversation_id: str
-    number: int = pa.Field(ge=0, description="which agent turn of the conversation")
+    index: int = pa.Field(ge=0, description="position of the gold agent message in its conversation")
     p_escalate: float = pa.Field(ge=0, le=1, description="how likely the turn is to be handed off, before a word is written")
 
     class Config:

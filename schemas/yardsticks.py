@@ -1,4 +1,4 @@
-"""Hand-off scores that were fitted: the probe, and the yardsticks that it has to beat, classifiers of the customer's words."""
+"""Hand-off scores that were fitted: the one that the threshold is put on, and the yardsticks that it has to beat."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class YardsticksMetrics(RootModel[dict[Yardstick, ScoreFigures]]):
     """`metrics/yardsticks.json`."""
 
 
-class ProbeMetrics(ScoreFigures):
-    """`metrics/probe.json`."""
+class HandoffScoreMetrics(ScoreFigures):
+    """`metrics/handoff_score.json`; the strength is the probe's."""
 
     student: str
     layer: int = Field(ge=1, description="the probe reads what enters it")

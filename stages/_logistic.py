@@ -13,23 +13,35 @@ STRENGTHS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
 
 
 def left_out_auc(make: Callable[[], Any], features: Any, handoff: Any, companies: Any) -> float:
-    """Mean AUC over the companies, each scored by a fit on the others; companies with one kind of turn say nothing.
+    """Mean AUC over the companies, each scored by a fit on the others.
 
     Raises:
-        InputError: no company says anything.
+        InputError: fewer than two companies have hand-offs.
     """
+    return mean_auc(left_out_log_odds(make(), features, handoff, companies), handoff, companies)
+
+
+def left_out_log_odds(model: Any, features: Any, handoff: Any, companies: Any) -> Any:
+    """Log-odds of every turn, (n), by a fit of `model` on the other companies.
+
+    Raises:
+        InputError: fewer than two companies have hand-offs.
+    """
+    from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
+
+    if len(set(companies[handoff])) < 2:
+        raise InputError("the training split is too small for a hand-off score: it takes hand-offs in two companies",
+                         "data.scenarios_per_company in params.yaml makes it larger")
+    return cross_val_predict(model, features, handoff, groups=companies, cv=LeaveOneGroupOut(), method="decision_function")
+
+
+def mean_auc(scores: Any, handoff: Any, companies: Any) -> float:
+    """Mean AUC over the companies that have both kinds of turn."""
     import numpy as np
     from sklearn.metrics import roc_auc_score
 
-    found = []
-    for company in np.unique(companies):
-        out = companies == company
-        if len(set(handoff[out])) == 2 == len(set(handoff[~out])):
-            found.append(roc_auc_score(handoff[out], make().fit(features[~out], handoff[~out]).predict_proba(features[out])[:, 1]))
-    if not found:
-        raise InputError("the training split is too small for a hand-off score: it takes hand-offs in two companies",
-                         "data.scenarios_per_company in params.yaml makes it larger")
-    return float(np.mean(found))
+    of = [companies == company for company in np.unique(companies[handoff])]
+    return float(np.mean([roc_auc_score(handoff[mine], scores[mine]) for mine in of if not handoff[mine].all()]))
 
 
 def logistic(strength: float) -> Any:

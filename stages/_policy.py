@@ -47,7 +47,7 @@ def parse_predictions(content: bytes, name: str, with_score: bool) -> pl.DataFra
     if with_score:
         for (model,), part in frame.group_by("model", maintain_order=True):
             if nulls := part[SCORE].null_count():
-                raise InputError(f"{name} has no {SCORE} in {nulls} of {len(part)} rows of {model}", "dvc repro probe eval_exact")
+                raise InputError(f"{name} has no {SCORE} in {nulls} of {len(part)} rows of {model}", "dvc repro handoff_score eval_exact")
     return frame
 
 

@@ -235,8 +235,8 @@ def main() -> None:
         raise InputError(f"{PREDICTIONS} does not exist", "run the stage that writes it: dvc repro eval_exact")
     predictions = scored_rows(parse_predictions(PREDICTIONS.read_bytes(), str(PREDICTIONS), with_score=True))
     own, yardsticks = read_table(CALIBRATION, Calibration), read_table(YARDSTICKS, YardstickScores)
-    probed = fit(own, "the probe", params)
-    points = {**dict.fromkeys(SCORED, probed), **{
+    scored = fit(own, "the score", params)
+    points = {**dict.fromkeys(SCORED, scored), **{
         name.value: fit(yardsticks.filter((pl.col("split") == "calibration") & (pl.col("model") == name)), name, params) for name in Yardstick}}
 
     held_out = {model: predictions.filter(pl.col("model") == model) for model in SCORED}
@@ -253,7 +253,7 @@ def main() -> None:
     by_company = {company: found[company] for company in companies}
     warnings = warnings_of(points, by_company, params)
 
-    write_operating_point(own, probed, params)
+    write_operating_point(own, scored, params)
     write_metrics(METRICS, {
         "threshold": points["student"].cut.threshold, "rule": params.rule.value,
         **{company: {model: short(of) for model, of in models.items()} for company, models in by_company.items()}}, CalibrateMetrics)

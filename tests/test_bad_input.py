@@ -17,7 +17,7 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages
 TRACES, TRAIN, HELD_OUT = "data/teacher_gen/traces.parquet", "data/verify/train.parquet", "data/verify/held_out.parquet"
 CALIBRATION = "data/eval_exact/calibration.parquet"
 VERIFIED_CALIBRATION = "data/verify/calibration.parquet"
-PROBED = "data/probe/scores.parquet"
+HANDOFF_SCORES = "data/handoff_score/scores.parquet"
 BASE, STUDENT, PREDICTIONS = "data/predict/base.parquet", "data/predict/student.parquet", "data/eval_exact/predictions.parquet"
 
 
@@ -164,7 +164,8 @@ def test_a_repeated_line_stops_the_corpus_stage(work):
 @pytest.mark.parametrize("stage, present, missing", [
     ("verify", [], TRACES), ("oversample", [], TRAIN), ("eval_exact", [], HELD_OUT), ("eval_judge", [], PREDICTIONS),
     ("eval_judge", [PREDICTIONS], HELD_OUT), ("qlora_train", [], "data/oversample/train.parquet"),
-    ("eval_exact", [HELD_OUT, VERIFIED_CALIBRATION], PROBED), ("yardsticks", [], TRAIN), ("calibrate", [], PREDICTIONS), ("compare", [], PREDICTIONS),
+    ("eval_exact", [HELD_OUT, VERIFIED_CALIBRATION], HANDOFF_SCORES), ("handoff_score", [], TRAIN), ("yardsticks", [], TRAIN),
+    ("calibrate", [], PREDICTIONS), ("compare", [], PREDICTIONS),
     ("gate", [], "metrics/calibrate_detail.json"),
 ])
 def test_a_stage_before_its_input_names_the_file_and_its_stage(work, stage, present, missing):
@@ -231,16 +232,16 @@ def test_replies_that_do_not_cover_the_gold_turns_are_refused(work):
                for way in (("base", "free"), ("base", "schema"), ("student", "free"))}
     put(work, BASE, pl.concat([replies["base", "free"], replies["base", "schema"]]))
     put(work, STUDENT, replies["student", "free"])
-    scores = pl.DataFrame({"conversation_id": ["tearoom/a/0", "teashop/a/0"], "number": [0, 0], "p_escalate": [0.5, 0.5]})
-    put(work, PROBED, scores)
+    scores = pl.DataFrame({"conversation_id": ["tearoom/a/0", "teashop/a/0"], "index": [1, 1], "p_escalate": [0.5, 0.5]})
+    put(work, HANDOFF_SCORES, scores)
     error, hint = refused(work, "eval_exact")
     assert "1 of 1 agent turns have no free reply of base" in error and "predict_base" in hint
     put(work, BASE, pl.concat([replies["base", "free"], replies["base", "schema"]]).with_columns(conversation_id=pl.lit("tearoom/a/0")))
     assert "1 of 1 agent turns have no free reply of student" in refused(work, "eval_exact")[0]
     put(work, STUDENT, replies["student", "free"].with_columns(conversation_id=pl.lit("tearoom/a/0")))
-    put(work, PROBED, scores.head(1))
+    put(work, HANDOFF_SCORES, scores.head(1))
     error, hint = refused(work, "eval_exact")
-    assert "1 of 2 agent turns have no hand-off score" in error and "probe" in hint
+    assert "1 of 2 agent turns have no hand-off score" in error and "handoff_score" in hint
 
 
 def test_predictions_without_a_score_are_told_apart_from_others(work):

@@ -44,8 +44,8 @@ STUDENT = {"qlora_train", "predict_student", "eval_exact", "eval_judge", "calibr
     ("qlora_train.learning_rate", STUDENT),
     ("eval_judge.judge", {"eval_judge"}),
     ("simulator.judge", {"eval_judge"}),
-    ("verify.calibration_one_in", {"verify", "oversample", "probe", "predict_base", "yardsticks"} | STUDENT),
-    ("probe.layer", {"probe", "eval_exact", "eval_judge", "calibrate"}),
+    ("verify.calibration_one_in", {"verify", "oversample", "handoff_score", "predict_base", "yardsticks"} | STUDENT),
+    ("handoff_score.layer", {"handoff_score", "eval_exact", "eval_judge", "calibrate"}),
     ("calibrate.rule", {"calibrate"}),
     ("gate.min_recall", set()),
 ])
@@ -57,8 +57,8 @@ def test_an_edited_parameter_reruns_what_it_must_and_no_more(param, reached):
     ("simulator/judge.py", {"eval_judge"}),
     ("stages/eval_judge.py", {"eval_judge"}),
     ("stages/oversample.py", {"oversample"} | STUDENT),
-    ("agent/endpoint.py", {"teacher_gen", "verify", "oversample", "probe", "predict_base", "yardsticks"} | STUDENT),
-    ("agent/decode.py", {"probe", "predict_base", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
+    ("agent/endpoint.py", {"teacher_gen", "verify", "oversample", "handoff_score", "predict_base", "yardsticks"} | STUDENT),
+    ("agent/decode.py", {"handoff_score", "predict_base", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
     ("stages/_threshold.py", {"calibrate"}), ("stages/_bag_of_words.py", {"corpus", "yardsticks", "calibrate"}),
 ])
 def test_an_edited_file_reruns_what_it_must_and_no_more(file, reached):

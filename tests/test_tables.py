@@ -22,7 +22,7 @@ GOOD = {
     Rejected: TRACES.with_columns(**{name: pl.lit(value, dtype=pl.Int64 if name == "reject_index" else None) for name, value in WHY.items()}),
     Oversampled: VERIFIED.with_columns(copy=pl.lit(0, dtype=pl.Int64)),
     Replies: pl.DataFrame({"conversation_id": ["a"], "number": [0], "model": ["base"], "decoding": ["free"], "raw": ["{"], "other": ["reply"]}),
-    Scores: pl.DataFrame({"conversation_id": ["a"], "number": [0], "p_escalate": [0.25]}),
+    Scores: pl.DataFrame({"conversation_id": ["a"], "index": [1], "p_escalate": [0.25]}),
     Predictions: pl.DataFrame({
         "company": ["teashop"], "conversation_id": ["a"], "index": [1], "model": ["base"], "decoding": ["free"], "gold_action": ["reply"],
         "gold_reason": [None], "raw": ["{"], "action": [None], "reason": [None], "fault": ["not_one_json_object"], "p_escalate": [0.25],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 MODELS = {"base": "base model", "student": "student", "compared": "student before"}
 SCORERS = {"student": "student", "bag_of_words": "bag of words", "embedding": "sentence embedding"}
-"""Whose score is drawn. The base model's is the student's: it is read off a layer that both have."""
+"""Whose score is drawn. The base model's is the student's: it comes from a layer that both have."""
 RATES = {
     "escalate_recall": ("hand-offs found", "of the turns that should hand off, how many did (escalation recall)"),
     "over_escalation": ("needless hand-offs", "of the turns that should not hand off, how many did (over-escalation)"),

@@ -10,13 +10,13 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
 
+from agent.handoff_score import HandoffScore
 from schemas.errors import InputError
 from schemas.tables import Scores, Verified
 from stages._conversations import encode_table
 from stages._stage import read_table, write_table
-from stages.probe import prompt_states
+from stages.handoff_score import prompt_states
 from tests.students import ALL, HANDOFF, LONG, SEARCH, SYSTEM, base, encoder, table
 
 ROOT = Path(__file__).parent.parent
@@ -35,19 +35,19 @@ def run(folder, tables, layer=LAYER):
     for split, part in tables.items():
         write_table(folder / f"data/verify/{split}.parquet", part, Verified)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    params["probe"]["layer"] = layer
+    params["handoff_score"]["layer"] = layer
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    return subprocess.run([sys.executable, "-m", "stages.probe"], cwd=folder, capture_output=True, text=True, check=False, env={
+    return subprocess.run([sys.executable, "-m", "stages.handoff_score"], cwd=folder, capture_output=True, text=True, check=False, env={
         "HANDOFF_CACHE": str(ROOT / ".cache"), **os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def scores(folder):
-    return {(name, number): p for name, number, p in read_table(folder / "data/probe/scores.parquet", Scores).iter_rows()}
+    return {(name, index): p for name, index, p in read_table(folder / "data/handoff_score/scores.parquet", Scores).iter_rows()}
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("probe")
+    folder = tmp_path_factory.mktemp("score")
     ended = run(folder, splits())
     assert ended.returncode == 0, ended.stderr
     return folder
@@ -55,25 +55,42 @@ def done(tmp_path_factory):
 
 def test_it_scores_every_turn_that_it_was_not_fitted_on(done):
     found = scores(done)
-    assert set(found) == {("teashop/c/0", 0), *(("tavern/h/0", number) for number in range(3))}
-    assert found["teashop/c/0", 0] > 0.5 > max(found["tavern/h/0", number] for number in range(3)), "it has seen these very words"
-    metrics = json.loads((done / "metrics/probe.json").read_text(encoding="utf-8"))
+    assert set(found) == {("teashop/c/0", 1), *(("tavern/h/0", index) for index in (1, 3, 5))}
+    assert found["teashop/c/0", 1] > 0.5 > max(found["tavern/h/0", index] for index in (1, 3, 5)), "it has seen these very words"
+    metrics = json.loads((done / "metrics/handoff_score.json").read_text(encoding="utf-8"))
     assert metrics["layer"] == LAYER and set(metrics["held_out"]) == {"tavern"} and metrics["left_out_company_auc"] == 1
 
 
 def test_held_out_and_calibration_turns_do_not_reach_the_fit(done, tmp_path):
     assert run(tmp_path, splits(held_out=table({"h": HANDOFF}, "tavern"), calibration=table({"c": HANDOFF, "d": SEARCH}))).returncode == 0
-    assert scores(tmp_path)["teashop/c/0", 0] == pytest.approx(scores(done)["teashop/c/0", 0], abs=1e-6)
+    assert scores(tmp_path)["teashop/c/0", 1] == pytest.approx(scores(done)["teashop/c/0", 1], abs=1e-6)
 
 
 def test_the_file_beside_the_adapter_gives_the_scores_of_the_table(done):
-    with safe_open(done / "models/handoff_probe.safetensors", "pt") as file:
-        weight, bias, layer = file.get_tensor("weight"), file.get_tensor("bias"), int(file.metadata()["layer"])
-    example = encoder().conversation(SYSTEM, LONG)
-    for number, (start, _) in enumerate(example.spans):
+    score, example = HandoffScore.load(done / "models/handoff_score.json"), encoder().conversation(SYSTEM, LONG)
+    indices = [index for index, message in enumerate(LONG) if message.role == "agent"]
+    for (start, _), index in zip(example.spans, indices, strict=True):
         with torch.inference_mode():
-            state = base()(torch.tensor([example.ids[:start]]), output_hidden_states=True).hidden_states[layer][0, -1]
-        assert float((state @ weight + bias).sigmoid()) == pytest.approx(scores(done)["tavern/h/0", number], abs=1e-3)
+            states = base()(torch.tensor([example.ids[:start]]), output_hidden_states=True).hidden_states[score.layer][0, -1:]
+        said = "\n".join(message.content for message in LONG[:index] if message.role == "customer")
+        assert score(states.double().numpy(), [said])[0] == pytest.approx(scores(done)["tavern/h/0", index], abs=1e-3)
+
+
+def test_both_the_state_and_the_words_count(done):
+    score = HandoffScore.load(done / "models/handoff_score.json")
+    assert min(score.stack.weight) > 0 and len(score.probe.weight) == 576 and len(score.terms) == len(score.idf) == len(score.words.weight)
+    state = [score.probe.weight]
+    assert score(state, ["somebody changed my email"])[0] > score(state, ["is the oolong organic?"])[0]
+    assert score(state, ["thanks"])[0] > score([[-value for value in score.probe.weight]], ["thanks"])[0]
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[1]", '{"layer": "x"}'])
+def test_a_file_that_is_no_score_is_one_sentence(tmp_path, content):
+    if content is not None:
+        (tmp_path / "score.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=r"score\.json is no hand-off score") as error:
+        HandoffScore.load(tmp_path / "score.json")
+    assert "dvc pull" in error.value.hint
 
 
 def test_a_turns_state_is_that_of_its_prompt_and_of_nothing_that_comes_after():
@@ -86,11 +103,11 @@ def test_a_turns_state_is_that_of_its_prompt_and_of_nothing_that_comes_after():
 
 
 def test_a_layer_that_is_not_there_is_one_sentence():
-    with pytest.raises(InputError, match=r"probe\.layer is 31, and the student has layers 0 to 29"):
+    with pytest.raises(InputError, match=r"handoff_score\.layer is 31, and the student has layers 0 to 29"):
         prompt_states([], base(), 31, "test")
 
 
 def test_too_few_hand_offs_are_one_sentence_and_leave_no_output(tmp_path):
     ended = run(tmp_path, splits(train=table({"s": SEARCH, "h": HANDOFF})))
     assert ended.returncode == 1 and "the training split is too small for a hand-off score" in ended.stderr and "hint: " in ended.stderr
-    assert not (tmp_path / "data/probe").exists() and not (tmp_path / "models").exists()
+    assert not (tmp_path / "data/handoff_score").exists() and not (tmp_path / "models").exists()

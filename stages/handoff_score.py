@@ -1,0 +1,152 @@
+"""Score how likely every agent turn is to be handed off.
+
+Reads   data/verify/{train,calibration,held_out}.parquet
+Writes  data/handoff_score/scores.parquet, models/handoff_score.json, metrics/handoff_score.json
+
+`p_escalate` stacks two logistic regressions (Wolpert 1992, "Stacked generalization"), which err on different turns: a
+linear probe (Alain and Bengio 2016, "Understanding intermediate layers using linear classifier probes") on what enters
+layer `handoff_score.layer` at the end of a turn's prompt, and a bag of the words that the customer has said. All of it is
+fitted on the training companies' turns; the probe's strength, and how the two are weighed, on left-out companies among them.
+
+It is asked before a word is written, as P(IK) is in Kadavath et al. 2022, because the thought decides: once it stands,
+the probability of `escalate` at the action's place is near 0 or 1. So whatever is then written, valid or not, and however
+many tokens an action's name has, does not enter it. No adapter lies below the layer (`qlora_train.first_layer`), so base
+and student share the score, and training the student anew leaves it as it is. Whoever runs the student has it for next to
+nothing, halfway through reading the prompt; here it takes half a reading of the three splits.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from agent.encode import Encoder
+from agent.handoff_score import HandoffScore, Linear
+from agent.student import StudentParams, load_base, load_tokenizer, only_layers
+from schemas.errors import InputError
+from schemas.tables import Scores, Verified
+from schemas.yardsticks import HandoffScoreMetrics
+from stages._bag_of_words import bag_of_words_model, heard
+from stages._conversations import Item, encode_table
+from stages._groups import each_group, turn_names
+from stages._logistic import best_strength, figures, left_out_log_odds, logistic, mean_auc
+from stages._stage import Params, load_params, read_table, run, say, write_metrics, write_table
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
+
+TRAIN = Path("data/verify/train.parquet")
+CALIBRATION = Path("data/verify/calibration.parquet")
+HELD_OUT = Path("data/verify/held_out.parquet")
+SCORES = Path("data/handoff_score/scores.parquet")
+MODEL = Path("models/handoff_score.json")
+METRICS = Path("metrics/handoff_score.json")
+READ_AT_ONCE = 4
+"""Conversations that are read together; more are no faster, and take more memory."""
+
+
+class HandoffScoreParams(Params):
+    """`handoff_score`."""
+
+    layer: int = Field(ge=1, description="the probe reads what enters this layer, counted from 0")
+
+
+def prompt_states(conversations: list[Item], model: Any, layer: int, what: str) -> dict[tuple[str, int], np.ndarray]:
+    """What enters a layer at the end of every agent turn's prompt, (H).
+
+    Raises:
+        InputError: there is no such layer.
+    """
+    from agent.decode import read_turns
+
+    if layer > (layers := model.config.get_text_config().num_hidden_layers):
+        raise InputError(f"handoff_score.layer is {layer}, and the student has layers 0 to {layers - 1}", "lower it in params.yaml")
+    with only_layers(model, 0, layer):
+        return {turn: state.double().cpu().numpy() for group in each_group(conversations, READ_AT_ONCE, what)
+                for turn, state in zip(turn_names(group), read_turns(model, [encoded for _, _, encoded in group]).states, strict=True)}
+
+
+def states_of(turns: pl.DataFrame, states: dict[tuple[str, int], np.ndarray]) -> np.ndarray:
+    """The states of the turns of a table that `heard` made, in its order, (N, H)."""
+    import numpy as np
+    import polars as pl
+
+    numbered = turns.select("conversation_id", number=pl.int_range(pl.len()).over("conversation_id"))
+    return np.stack([states[turn] for turn in numbered.iter_rows()])
+
+
+def fit(states: np.ndarray, said: list[str], handoff: np.ndarray, companies: np.ndarray, layer: int) -> tuple[HandoffScore, float, float]:
+    """A score fitted on training turns.
+
+    Args:
+        states: shape (N, H).
+        said: the customer's words at each of the N turns.
+        handoff: whether each is handed off.
+        companies: the company of each.
+        layer: what the states enter.
+
+    Returns:
+        the score, the probe's inverse regularisation, and the score's AUC, the mean over companies that its two parts were not
+        fitted on; the two weights between the parts were.
+
+    Raises:
+        InputError: too few hand-offs.
+    """
+    import numpy as np
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    strength, _ = best_strength(StandardScaler().fit_transform(states), handoff, companies)
+    probe, words = make_pipeline(StandardScaler(), logistic(strength)), bag_of_words_model()
+    left_out = np.column_stack([left_out_log_odds(model, features, handoff, companies)
+                                for model, features in ((probe, states), (words, np.array(said, dtype=object)))])
+    stack = logistic(1.0).fit(left_out, handoff)
+    auc = mean_auc(stack.decision_function(left_out), handoff, companies)
+
+    scaler, regression = (step for _, step in probe.fit(states, handoff).steps)
+    weight = regression.coef_[0] / scaler.scale_
+    vectorizer, counts = (step for _, step in words.fit(said, handoff).steps)
+    return HandoffScore(
+        layer=layer, probe=Linear(weight=weight.tolist(), bias=float(regression.intercept_[0] - scaler.mean_ @ weight)),
+        terms=vectorizer.get_feature_names_out().tolist(), idf=vectorizer.idf_.tolist(),
+        words=Linear(weight=counts.coef_[0].tolist(), bias=float(counts.intercept_[0])),
+        stack=Linear(weight=stack.coef_[0].tolist(), bias=float(stack.intercept_[0]))), strength, auc
+
+
+def main() -> None:
+    import polars as pl
+
+    params, student = load_params("handoff_score", HandoffScoreParams), load_params("student", StudentParams)
+    tables = {split: read_table(path, Verified) for split, path in (("train", TRAIN), ("calibration", CALIBRATION), ("held_out", HELD_OUT))}
+
+    import torch
+
+    encoder = Encoder(load_tokenizer(student))
+    model = load_base(student).eval()
+    turns = {split: heard(table) for split, table in tables.items()}
+    started = time.monotonic()
+    with torch.inference_mode():
+        states = {split: states_of(turns[split], prompt_states(encode_table(table, encoder), model, params.layer, f"hand-off score: {split}"))
+                  for split, table in tables.items()}
+    seconds = time.monotonic() - started
+
+    said = {split: of["said"].list.join("\n").to_list() for split, of in turns.items()}
+    handoff = {split: (of["gold_action"] == "escalate").to_numpy() for split, of in turns.items()}
+    score, strength, auc = fit(states["train"], said["train"], handoff["train"], turns["train"]["company"].to_numpy(), params.layer)
+    scores = {split: score(states[split], said[split]) for split in ("calibration", "held_out")}
+    table = pl.concat([turns[split].select("conversation_id", "index").with_columns(p_escalate=pl.Series(of)) for split, of in scores.items()])
+    write_table(SCORES, table.sort("conversation_id", "index"), Scores)
+    score.save(MODEL)
+    measured = figures(strength, auc, scores, handoff, turns["held_out"]["company"].to_numpy())
+    write_metrics(METRICS, {"student": student.weights, "layer": params.layer, **measured}, HandoffScoreMetrics)
+    aucs = ", ".join(f"{slug} {of['auc']:.2f}" if of else f"{slug} –" for slug, of in measured["held_out"].items())
+    say(f"handoff_score: {sum(map(len, turns.values()))} turns read in {seconds:.0f} s; "
+        f"AUC on left-out training companies {auc:.2f}, held out: {aucs}")
+
+
+if __name__ == "__main__":
+    run(main)
