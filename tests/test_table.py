@@ -31,6 +31,16 @@ def test_the_table_in_readme_is_the_one_of_the_metrics():
     assert markdown(current()) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_readmes_first_screen_says_what_calibrate_measured():
+    of = json.loads((ROOT / "metrics/calibrate_detail.json").read_text(encoding="utf-8"))["held_out"]["pooled"]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("Two commands:")[0].split())
+    for model, policy in (("student", "plain"), ("student", "at_threshold"), ("bag_of_words", "at_threshold"), ("embedding", "at_threshold")):
+        found, needless = (of[model][policy][rate] for rate in ("escalate_recall", "over_escalation"))
+        assert f"{found['k']} of {found['n']} at {needless['k']} of {needless['n']}" in text, (model, policy)
+    for model, name in (("student", "this score"), ("bag_of_words", "bag of words"), ("embedding", "embedding")):
+        assert f"{name} {of[model]['auc']['value']:.2f}" in text
+
+
 def test_the_short_metrics_agree_with_the_counts():
     for name in ("eval_exact", "eval_judge"):
         short, counts = (json.loads((ROOT / f"metrics/{file}.json").read_text()) for file in (name, f"{name}_counts"))
