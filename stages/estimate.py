@@ -81,11 +81,12 @@ class Answered:
 
 @dataclass
 class Forecast:
-    """What is left to ask one model in one role, the role's answers in the cache, and the model's in whatever role."""
+    """What is left to ask one model in one role, how often at most, the role's answers in the cache, and the model's in whatever role."""
 
     name: str
     params: EndpointParams
     store: list[Completion]
+    attempts: int = 1
     answered: list[Answered] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
@@ -117,11 +118,11 @@ class Forecast:
         return price.of(*self.tokens()) if (price := self._price) else None
 
     def most_usd(self) -> float | None:
-        """The same, if the provider caches nothing, every answer is as long as `max_tokens` allows, and an assumed token is a short one."""
+        """The same for all attempts, if nothing is cached, every answer is as long as `max_tokens` allows, and an assumed token is a short one."""
         if (price := self._price) is None:
             return None
         shortest = self.chars_per_token if self.measured else endpoint.CHARS_PER_TOKEN
-        return price.of(sum(call.prompt for call in self.calls) / shortest, 0, len(self.calls) * self.params.max_tokens)
+        return self.attempts * price.of(sum(call.prompt for call in self.calls) / shortest, 0, len(self.calls) * self.params.max_tokens)
 
     @property
     def _price(self) -> Price | None:
@@ -191,11 +192,11 @@ def calls_answered(company: Company, scenario: Scenario, held: list[Transcript])
                 yield message.role, Answered(chat, cost)
 
 
-def show(stage: str, spend: Spend, budget_usd: float | None, forecasts: list[Forecast], attempts: int = 1) -> None:
-    """One stage's lines; the conversations' forecasts come first, `attempts` is theirs."""
-    total, most = (None if None in costs else sum(cost or 0.0 for cost in costs) for costs in (
-        [forecast.usd() for forecast in forecasts],
-        [cost and cost * (attempts if forecast.name != "again" else 1) for forecast in forecasts for cost in (forecast.most_usd(),)]))
+def show(stage: str, spend: Spend, budget_usd: float | None, forecasts: list[Forecast]) -> None:
+    """One stage's lines."""
+    total, most = (None if None in costs else sum(cost or 0.0 for cost in costs)
+                   for costs in ([forecast.usd() for forecast in forecasts], [forecast.most_usd() for forecast in forecasts]))
+    attempts = max(forecast.attempts for forecast in forecasts)
     times = f"every conversation is held {attempts} times, " if attempts > 1 else ""
     cap = "" if budget_usd is None else f"; budget_usd is {dollars(budget_usd)}, paid answers included"
     say("\n".join([
@@ -210,7 +211,8 @@ async def teacher_gen(companies: dict[str, Company], data: DataParams, params: T
     spend = Spend(None, "teacher_gen")
     held = await hold_all(companies, params, None, spend, offline=True)
     bases = {slug: KnowledgeBase(company.articles) for slug, company in companies.items()}
-    roles = {Role.AGENT: Forecast("teacher", params.teacher, store), Role.CUSTOMER: Forecast("customer", params.customer, store)}
+    roles = {Role.AGENT: Forecast("teacher", params.teacher, store, params.attempts),
+             Role.CUSTOMER: Forecast("customer", params.customer, store, params.attempts)}
     measured_on = []
     for company, scenario, transcripts in held:
         written = reference_messages(company, scenario, bases[company.slug])
@@ -222,13 +224,13 @@ async def teacher_gen(companies: dict[str, Company], data: DataParams, params: T
             measured_on.append((company, scenario, kept(company, scenario, transcripts) or written))
     forecasts = list(roles.values())
     if params.samples > 1:
-        again = Forecast("again", params.teacher, store, roles[Role.AGENT].answered)
+        again = Forecast("again", params.teacher, store, answered=roles[Role.AGENT].answered)
         turns = draw_turns(measured_on)
         for turn, answers in zip(turns, await ask_again(turns, params.samples, params.teacher, None, spend, offline=True), strict=True):
             prompt = chars(agent_chat(turn.company, turn.history))
             again.calls += [Call(prompt, prompt, len(turn.taken)) for answer in answers if answer is None]
         forecasts.append(again)
-    show("teacher_gen", spend, params.budget_usd, forecasts, params.attempts)
+    show("teacher_gen", spend, params.budget_usd, forecasts)
 
 
 def written_conversations(companies: dict[str, Company], data: DataParams, logs: Logs | None) -> list[Conversation]:

@@ -126,26 +126,30 @@ def test_with_recorded_conversations_only_the_judge_is_estimated(paid, capsys, t
     assert re.findall(r"(\d+) calls", out) == [str(2 * turns)] and turns > 0 and not paid.log
 
 
-@pytest.mark.parametrize("samples", [2, 3])
-def test_asking_again_is_estimated_paid_once_and_kept_under_the_cap(paid, capsys, tmp_path, samples):
+def test_asking_again_is_estimated_paid_once_and_kept_under_the_cap(paid, capsys, tmp_path):
     once = elsewhere(paid.url)
 
-    def asked(budget_usd=None):
+    def asked(samples, budget_usd=None):
         workspace(tmp_path, data={**PARAMS["data"], "scenarios_per_company": 1}, eval_judge={"judge": {**once, "model": "judge"}},
                   teacher_gen={"attempts": 1, "samples": samples, "budget_usd": budget_usd, "teacher": once, "customer": once})
 
-    asked()
-    (teacher, customer, again, _), _, _, rest, _ = said(capsys)
-    asked(budget_usd=rest * 0.6)
-    with pytest.raises(InputError, match="teacher_gen.budget_usd"):
-        teacher_gen.main()
-    assert 0 < worth(paid) <= rest * 0.6 and not teacher_gen.METRICS.exists()
-    asked(budget_usd=rest * 3)
+    asked(0)
     teacher_gen.main()
-    assert (len(paid.log), sum(request["seed"] >= FIRST_SAMPLE for _, _, request, _ in paid.log)) == (teacher + customer + again, again)
+    sent, before = len(paid.log), worth(paid)
+    asked(3)
+    capsys.readouterr()
+    (teacher, customer, again, _), _, _, rest, _ = said(capsys)
+    assert (teacher, customer) == (0, 0) and again > 0 and again % 3 == 0
+    asked(3, budget_usd=before + rest / 2)
+    with pytest.raises(InputError, match=r"teacher_gen\.budget_usd of"):
+        teacher_gen.main()
+    assert before < worth(paid) <= before + rest / 2 and "self_agreement" not in teacher_gen.METRICS.read_text()
+    asked(3, budget_usd=2 * (before + rest))
+    teacher_gen.main()
+    assert len(paid.log) == sent + again == sum(paid.arrived.values()) and set(paid.arrived.values()) == {1}
+    assert sum(request["seed"] >= FIRST_SAMPLE for _, _, request, _ in paid.log) == again
     metrics = json.loads(teacher_gen.METRICS.read_text())
-    assert metrics["cost_usd"] + metrics["self_agreement"]["cost_usd"] == pytest.approx(worth(paid), abs=0.001)
-    assert set(paid.arrived.values()) == {1}
+    assert [metrics["cost_usd"], metrics["self_agreement"]["cost_usd"]] == pytest.approx([before, worth(paid) - before], abs=0.001)
     capsys.readouterr()
     calls, kept, _, rest, _ = said(capsys)
     assert calls[:3] == [0, 0, 0] and kept == len(paid.log) and rest == 0
