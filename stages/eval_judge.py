@@ -13,6 +13,7 @@ import asyncio
 import json
 import re
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from agent.endpoint import EndpointParams, open_endpoints
+from agent.responses import Completion
 from agent.spend import EndpointFailure, Spend
 from schemas.metrics import JudgeMetrics
 from schemas.tables import SCORED, Judgements, Predictions, Verified
@@ -96,24 +98,26 @@ async def judge_all(rows: list[dict[str, Any]], held: dict[str, Conversation],
     if spend.reason:
         raise spend.reason
     print(f"eval_judge: {spend.summary()}", file=sys.stderr)
-    return [answer or "" for answer in answers], asdict(spend.data)
+    return [answer.text if answer else "" for answer in answers], asdict(spend.data)
 
 
 async def ask_all(rows: list[dict[str, Any]], held: dict[str, Conversation], params: EndpointParams, simulator_url: str | None,
-                  spend: Spend, *, offline: bool = False) -> list[str | None]:
-    """The judge's raw answer for every row, or None; `offline` as far as the cache goes."""
+                  spend: Spend, *, offline: bool = False) -> list[Completion | None]:
+    """The judge's answer for every row, or None; `offline` as far as the cache goes."""
+    finished_usd = 0.0
     async with open_endpoints(spend, simulator_url, params, offline=offline) as (judge,):
         with tqdm(total=len(rows), desc="eval_judge", unit="turn", file=sys.stderr, disable=offline, miniters=0) as bar:
 
-            async def ask(row: dict[str, Any]) -> str | None:
+            async def ask(row: dict[str, Any]) -> Completion | None:
+                nonlocal finished_usd
                 conversation = held[row["conversation_id"]]
-                try:
-                    return (await judge.chat(judge_chat(conversation.system, conversation.messages[: row["index"]], row["raw"]))).text
-                except EndpointFailure:
-                    return None
-                finally:
-                    bar.update()
-                    bar.set_postfix_str(spend.progress((spend.data.cost_usd or 0.0) / bar.n * len(rows) if bar.n else 0.0), refresh=False)
+                answer: Completion | None = None
+                with suppress(EndpointFailure):
+                    answer = await judge.chat(judge_chat(conversation.system, conversation.messages[: row["index"]], row["raw"]))
+                finished_usd += (answer and answer.cost_usd) or 0.0
+                bar.update()
+                bar.set_postfix_str(spend.progress(finished_usd / bar.n * len(rows) if bar.n else 0.0), refresh=False)
+                return answer
 
             return await asyncio.gather(*map(ask, rows))
 

@@ -29,9 +29,10 @@ from pydantic import BaseModel
 from schemas.action import ActionName, HandoffReason
 from schemas.counts import CalibrateDetail, ExactCounts, JudgeCounts
 from schemas.errors import InputError
-from schemas.metrics import QloraTrainMetrics, TeacherGenMetrics
+from schemas.metrics import QloraTrainMetrics
 from schemas.operating import OperatingPoint
 from schemas.recorded import OriginVerifyMetrics
+from schemas.self_agreement import GenerationMetrics
 from schemas.tables import SCORED, Judgements, Predictions, Rejected, Verified
 from schemas.yardsticks import Yardstick
 from stages._rates import rate
@@ -219,7 +220,7 @@ def main() -> None:
     params = load_params("report", ReportParams)
     held_out, rejected = read_table(HELD_OUT, Verified), read_table(REJECTED, Rejected)
     predictions, judgements = read_table(PREDICTIONS, Predictions), read_table(JUDGEMENTS, Judgements)
-    generated, verified = read_metrics(GENERATED, TeacherGenMetrics), read_metrics(VERIFIED, OriginVerifyMetrics)
+    generated, verified = read_metrics(GENERATED, GenerationMetrics), read_metrics(VERIFIED, OriginVerifyMetrics)
     trained, point = read_metrics(TRAINED, QloraTrainMetrics), read_metrics(POINT, OperatingPoint)
     calibrated = read_metrics(CALIBRATED, CalibrateDetail)
     exact, judged = read_metrics(EXACT, ExactCounts), read_metrics(JUDGED, JudgeCounts)

@@ -6,7 +6,8 @@ Writes  data/teacher_gen/traces.parquet, data/teacher_gen/recorded.parquet, metr
 A conversation that breaks a rule is held again, with another sample, up to `attempts` times; every attempt is kept in
 the table, so that verify sees and counts what the teacher really produced. Every answer of a real endpoint is kept in
 .cache/responses: a run that was stopped, or ended at `budget_usd`, goes on from there. With `source: recorded` nobody is
-asked: the traces are the logs', and recorded.parquet holds what became of every line; else it has no rows.
+asked: the traces are the logs', and recorded.parquet holds what became of every line; else it has no rows. With `samples`
+the teacher is asked again at some turns of the held-out companies, to see how far it agrees with itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,18 @@ from agent.loop import Transcript, converse
 from agent.spend import Spend, Usage
 from agent.world import World
 from schemas.company import Company, Scenario
-from schemas.metrics import TeacherGenMetrics
 from schemas.recorded import Recorded, RecordedGenMetrics, Source
+from schemas.self_agreement import GenerationMetrics
 from schemas.tables import Traces
 from stages._recorded import Logs, RecordedParams, read_logs
 from stages._rules import examine
+from stages._self_agreement import (
+    ask_again,
+    draw_turns,
+    in_words,
+    kept,
+    self_agreement,
+)
 from stages._simulated import simulator_for
 from stages._stage import (
     DataParams,
@@ -55,7 +64,8 @@ class TeacherGenParams(Params):
     source: Source = Field(strict=False)
     recorded: RecordedParams
     attempts: int = Field(ge=1)
-    budget_usd: float | None = Field(gt=0, description="what the conversations may cost, paid now or before; null = no cap")
+    samples: int = Field(ge=0, description="how often the teacher is asked again at the drawn turns; 0 or 1 = not at all")
+    budget_usd: float | None = Field(gt=0, description="what all that may cost, paid now or before; null = no cap")
     teacher: EndpointParams
     customer: EndpointParams
 
@@ -64,24 +74,37 @@ Held = list[tuple[Company, Scenario, list[Transcript]]]
 """Every scenario with the attempts at it, in the order of the corpus."""
 
 
-async def hold_conversations(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None) -> list[dict[str, Any]]:
-    """All conversations, at once as far as the endpoints allow; rows in the order of the corpus.
+async def hold_conversations(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None,
+                             held_out: Collection[str] = ()) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """All conversations, at once as far as the endpoints allow: rows in the order of the corpus, and the teacher's agreement with itself.
 
     Raises:
         InputError: the budget is used up, or an endpoint is down, refuses the key or does not know the model. What was
             answered is in the cache.
     """
     spend = Spend(params.budget_usd, "teacher_gen")
-    if params.budget_usd is not None:
-        await hold_all(companies, params, None, spend, offline=True)  # the budget covers what was paid before
-    held = await hold_all(companies, params, simulator_url, spend)
+    if params.budget_usd is not None:  # it covers what was paid before
+        await hold_and_ask(companies, params, None, spend, held_out, offline=True)
+    held, agreement = await hold_and_ask(companies, params, simulator_url, spend, held_out)
     if spend.reason:
         raise spend.reason
     print(f"teacher_gen: {spend.summary()}", file=sys.stderr)
     if cut := sum(transcript.cut_short for _, _, transcripts in held for transcript in transcripts):
         print(f"teacher_gen: {cut} answers were cut at max_tokens; raise it if they are many", file=sys.stderr)
     return [row for company, scenario, transcripts in held for attempt, transcript in enumerate(transcripts)
-            for row in _rows(company, scenario, attempt, params.teacher, transcript)]
+            for row in _rows(company, scenario, attempt, params.teacher, transcript)], agreement
+
+
+async def hold_and_ask(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None, spend: Spend, held_out: Collection[str], *,
+                       offline: bool = False) -> tuple[Held, dict[str, Any] | None]:
+    """Every attempt at every scenario, then the teacher's agreement with itself where `samples` asks for it; `offline` as far as the cache goes."""
+    held = await hold_all(companies, params, simulator_url, spend, offline=offline)
+    if params.samples < 2 or spend.reason:
+        return held, None
+    turns = draw_turns((company, scenario, messages) for company, scenario, transcripts in held
+                       if company.slug in held_out and (messages := kept(company, scenario, transcripts)))
+    answers = await ask_again(turns, params.samples, params.teacher, simulator_url, spend, offline=offline)
+    return held, self_agreement(turns, answers, params.samples)
 
 
 async def hold_all(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None, spend: Spend, *,
@@ -164,7 +187,7 @@ def main() -> None:
         return
     companies = used_companies(data)
     with simulator_for("actors", params.teacher, params.customer) as url:
-        rows = asyncio.run(hold_conversations(companies, params, url))
+        rows, agreement = asyncio.run(hold_conversations(companies, params, url, data.held_out))
     frame = pl.DataFrame(rows, schema_overrides={"failure": pl.String, "scenario": pl.String, "cost_usd": pl.Float64})
     write_table(TRACES, frame, Traces)
     write_table(RECORDED, Logs().table(), Recorded)
@@ -180,9 +203,13 @@ def main() -> None:
         **{name: int(frame[name].sum()) for name in ("prompt_tokens", "cached_tokens", "completion_tokens")},
         "cost_usd": None if frame["cost_usd"].has_nulls() else float(frame["cost_usd"].sum()),
     }
-    write_metrics(METRICS, metrics, TeacherGenMetrics)
+    if agreement:
+        metrics["self_agreement"] = agreement
+    write_metrics(METRICS, metrics, GenerationMetrics)
     say(f"teacher_gen: {metrics['conversations']} conversations of {metrics['scenarios']} scenarios, {metrics['agent_turns']} agent turns "
         f"by {metrics['teacher']}, {metrics['infrastructure_failures']} infrastructure failures")
+    if agreement:
+        say(in_words(agreement, metrics["teacher"]))
 
 
 if __name__ == "__main__":

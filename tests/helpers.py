@@ -1,5 +1,6 @@
 """Real companies and conversations, tables of them, a folder in which stages run, and servers on loopback."""
 
+import re
 import socket
 import threading
 import time
@@ -23,6 +24,11 @@ SLUGS = company_slugs(COMPANIES)
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 HELD_OUT = PARAMS["data"]["held_out"]
 FLAWLESS = dict.fromkeys(PARAMS["simulator"]["actors"], 0.0)
+
+
+def documented(heading):
+    """A section of README."""
+    return re.search(rf"^## {heading}\n(.*?)(?=^## )", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[1]
 
 
 @cache

@@ -89,7 +89,7 @@ def predictions():
     ("oversample", "escalation_factor: 4", "escalation_facto: 4", "oversample.escalation_factor"),
     ("oversample", "escalation_factor: 4", "escalation_factor: 4\n  factor: 4", "unknown parameter 'oversample.factor'"),
     ("verify", "{handoff: 2,", "{handoff: 2, handof: 2,", "unknown parameter 'verify.calibration_one_in.handof'"),
-    ("eval_judge", "timeout_s: 60.0", "timeout_s: 60.0\n    retries: 3", "unknown parameter 'eval_judge.judge.retries'"),
+    ("teacher_gen", "timeout_s: 60.0", "timeout_s: 60.0\n    retries: 3", "unknown parameter 'teacher_gen.teacher.retries'"),
     ("teacher_gen", "held_out:", "heldout: []\n  held_out:", "unknown parameter 'data.heldout'"),
     ("oversample", "escalation_factor: 4", "escalation_factor: four", "oversample.escalation_factor: Input should be a valid integer"),
     ("oversample", "escalation_factor: 4", "escalation_factor: 0", "greater than or equal to 1"),
@@ -221,7 +221,9 @@ def test_a_key_that_is_not_set_stops_the_run_before_anything_is_paid(work, whose
 def test_a_judges_key_that_is_not_set_stops_the_run(work):
     put(work, HELD_OUT, table("tearoom"))
     put(work, PREDICTIONS, predictions())
-    edit(work / "params.yaml", "judge: *simulated", "judge: {<<: *simulated, base_url: 'http://127.0.0.1:9/v1', api_key_env: NO_SUCH_KEY}")
+    params = yaml.safe_load((work / "params.yaml").read_text())
+    params["eval_judge"]["judge"] |= {"base_url": "http://127.0.0.1:9/v1", "api_key_env": "NO_SUCH_KEY"}
+    (work / "params.yaml").write_text(yaml.safe_dump(params))
     assert "NO_SUCH_KEY is not set" in refused(work, "eval_judge")[0]
 
 

@@ -53,7 +53,7 @@ def params(url, attempts=1, budget_usd=None, **changes):
 
 
 def held(url, companies=GYM, **changes):
-    return asyncio.run(hold_conversations(companies, params(url, **changes), None))
+    return asyncio.run(hold_conversations(companies, params(url, **changes), None))[0]
 
 
 @asynccontextmanager

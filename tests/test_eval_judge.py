@@ -6,12 +6,17 @@ import json
 import polars as pl
 import pytest
 
+from agent import endpoint
 from agent.endpoint import EndpointParams
+from agent.spend import Spend
 from schemas.company import load_company
 from schemas.traces import Message, Role
 from stages._conversations import Conversation
 from stages._simulated import simulator_for
-from stages.eval_judge import EvalJudgeParams, judge_all, judge_chat, read_verdict, score
+from stages.eval_judge import EvalJudgeParams, ask_all, judge_all, judge_chat, read_verdict, score
+from tests.helpers import customer
+from tests.hostile import hostile
+from tests.test_endpoint import elsewhere, worth
 
 SIMULATED = EndpointParams(base_url="simulator", model="simulated", api_key_env=None, temperature=0.0, max_tokens=100,
                            max_concurrency=8, timeout_s=30.0, price=None)
@@ -61,6 +66,33 @@ def judge_everything(candidate_of):
                   for i, m in enumerate(messages) if m.role is Role.AGENT]
     with simulator_for("judge", SIMULATED) as url:
         return [read_verdict(answer) for answer in asyncio.run(judge_all(asked, held, EvalJudgeParams(budget_usd=None, judge=SIMULATED), url))[0]]
+
+
+class Told(Spend):
+    """Keeps what the live line projects."""
+
+    def __init__(self):
+        super().__init__(None, "eval_judge")
+        self.projected = []
+
+    def progress(self, projected_usd):
+        self.projected.append(projected_usd)
+        return super().progress(projected_usd)
+
+
+def test_the_live_line_of_a_resumed_run_projects_what_the_whole_will_cost(tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint, "RESPONSES", tmp_path / "responses")
+    conversation = {"c": Conversation("travel", "c", "policy", [customer("hi")])}
+    rows = [{"conversation_id": "c", "index": 1, "raw": f"candidate {number:02}"} for number in range(40)]
+    with hostile(lambda *_: '{"verdict": "acceptable"}') as server:
+        judge = EndpointParams(**elsewhere(server.url, api_key_env=None))
+        asyncio.run(ask_all(rows[:30], conversation, judge, None, Told()))
+        resumed = Told()
+        asyncio.run(ask_all(rows, conversation, judge, None, resumed, offline=True))
+        assert resumed.data.cost_usd == pytest.approx(worth(server)), "a budget counts first what was paid before"
+        resumed.projected.clear()
+        asyncio.run(ask_all(rows, conversation, judge, None, resumed))
+    assert len(server.log) == 40 and resumed.projected == [pytest.approx(worth(server))] * 40, "every verdict here costs the same"
 
 
 def share(verdicts):

@@ -26,7 +26,7 @@ from stages._recorded import RecordedParams, read_logs
 from stages._stage import DataParams, read_table
 from stages.qlora_train import Example, make_batches
 from stages.verify import OneIn, recorded_split
-from tests.helpers import PARAMS, customer, inside, tool, workspace
+from tests.helpers import PARAMS, customer, documented, inside, tool, workspace
 from tests.layout import ROOT
 from tests.students import encoder, tokenizer
 from tests.test_bad_input import edit, refused
@@ -447,10 +447,6 @@ def test_a_held_out_company_without_a_folder_does_not_stop_the_corpus_stage(comp
     assert list(measured["companies"]) == ["teashop"] and measured["bag_of_words"] == {"pooled": {}}
 
 
-def section(heading):
-    return re.search(rf"^## {heading}\n(.*?)(?=^## )", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)[1]
-
-
 def test_the_documented_commands_work_and_dvc_sees_an_edited_log(tmp_path):
     """In a clone of its own: README's parameters and commands, an edit in the logs, and what it costs when an endpoint is the source."""
     listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -470,8 +466,8 @@ def test_the_documented_commands_work_and_dvc_sees_an_edited_log(tmp_path):
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
 
     shell("git init -q && dvc init -q")
-    documented = section("Use your own logs")
-    params, commands = re.search(r"```yaml\n(data:.*?)```", documented, re.DOTALL)[1], re.search(r"```\n(dvc repro.*?)```", documented, re.DOTALL)[1]
+    told = documented("Use your own logs")
+    params, commands = re.search(r"```yaml\n(data:.*?)```", told, re.DOTALL)[1], re.search(r"```\n(dvc repro.*?)```", told, re.DOTALL)[1]
     set_params(yaml.safe_load(params))
     shown = [shell(line.split("  #")[0]) for line in commands.strip().split("\n")]
     assert "oversample: 5 conversations become 8" in shown[0] and "handoff_without_reason" in shown[1]

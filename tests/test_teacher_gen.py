@@ -42,7 +42,7 @@ def hold(folder, rates, **changes):
     with inside(folder):
         companies, asked = used_companies(SLICE), params(**changes)
         with simulator_for("actors", asked.teacher, asked.customer) as url:
-            rows = asyncio.run(hold_conversations(companies, asked, url))
+            rows, _ = asyncio.run(hold_conversations(companies, asked, url))
     return rows, held(rows, companies)
 
 
