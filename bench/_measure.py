@@ -7,8 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-import tempfile
-import threading
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,36 +32,31 @@ def ratio(values: Sequence[float]) -> Ratio:
     return Ratio(median=statistics.median(values), low=min(values), high=max(values), rounds=list(values))
 
 
-def watch(command: Sequence[str | Path], cwd: Path, limit_s: float, **environment: str) -> tuple[Process, str]:
-    """Run a process to its end: wall seconds with the interpreter's start, peak resident memory, and what it printed.
+def watch(module: str, *arguments: str, cwd: Path, limit_s: float, **environment: str) -> tuple[Process, str]:
+    """Run a module in a process of its own: wall seconds from start to end, peak resident memory, and what it printed.
 
-    A child starts with its parent's peak as its own (Linux), so a parent that watches must be small.
+    Args:
+        module: as for `python -m`.
+        arguments: its own.
+        cwd: the folder it works in.
+        limit_s: seconds after which it is killed.
+        environment: variables that it has besides ours.
 
     Raises:
-        ProcessFailed: it returned an error, or did not end within `limit_s` seconds.
+        ProcessFailed: it returned an error, or was killed.
     """
-    with tempfile.TemporaryFile("w+") as out:
-        started = time.monotonic()
-        process = subprocess.Popen(command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, stdout=out, stderr=subprocess.STDOUT)
-        timer = threading.Timer(limit_s, process.kill)
-        timer.start()
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            timer.cancel()
-        seconds = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        said = out.read()
-    if process.returncode:
-        last = said.strip().splitlines()[-1] if said.strip() else "nothing was printed"
-        why = f"stopped after {limit_s:.0f} s" if seconds >= limit_s else f"exit code {process.returncode}: {last}"
-        raise ProcessFailed(f"{' '.join(map(str, command[1:]))}: {why}")
-    unit = 2**20 if platform.system() == "Darwin" else 2**10
-    return Process(seconds=seconds, peak_mb=usage.ru_maxrss / unit), said
+    command = [sys.executable, "-m", "bench._watched", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    started = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False)
+    except subprocess.TimeoutExpired:
+        raise ProcessFailed(f"{module}: stopped after {limit_s:g} s") from None
+    seconds = time.monotonic() - started
+    *said, last = done.stdout.strip().splitlines() or [""]
+    if done.returncode:
+        raise ProcessFailed(f"{module}: exit code {done.returncode}: {last or 'nothing was printed'}")
+    return Process(seconds=seconds, peak_mb=float(last)), "\n".join(said).strip()
 
 
 def this_machine() -> Machine:

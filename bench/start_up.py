@@ -10,9 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from bench._measure import ProcessFailed, circumstances, watch
+from bench._measure import circumstances
 from schemas.bench import Import, StartUpPart
 
 MODULES = ("agent", "agent.loop", "agent.endpoint", "schemas", "schemas.tables", "schemas.metrics", "stages.oversample", "stages.verify",
@@ -30,13 +29,14 @@ def measure(options: argparse.Namespace) -> StartUpPart:
     here = circumstances()
     imports = {module: importing(module, options.rounds) for module in MODULES}
     status, repro, missing = nothing_to_do(options.rounds)
-    extra = statistics.median(repro) - statistics.median(status) if repro else None
+    extra = None if missing else statistics.median(repro) - statistics.median(status)
     return StartUpPart(**here, imports=imports, dvc_status_s=status, dvc_repro_s=repro, extra_s=extra, missing=missing)
 
 
 def importing(module: str, rounds: int) -> Import:
     """Seconds of importing a module in a fresh interpreter, and whether torch comes along."""
-    found = [watch([sys.executable, "-c", IMPORTING.format(module)], Path(), 600)[1].split() for _ in range(rounds)]
+    command = [sys.executable, "-c", IMPORTING.format(module)]
+    found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(rounds)]
     return Import(seconds=statistics.median(float(seconds) for seconds, _ in found), torch=found[0][1] == "True")
 
 
@@ -45,13 +45,11 @@ def nothing_to_do(rounds: int) -> tuple[list[float], list[float], dict[str, str]
     status: list[float] = []
     repro: list[float] = []
     for _ in range(rounds):
-        started = time.monotonic()
-        quiet = subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet"], capture_output=True, text=True, check=False)
-        if quiet.returncode:
-            return status, repro, {"extra_s": f"dvc status says that there is something to do (exit code {quiet.returncode}): dvc repro, or dvc pull"}
-        status.append(time.monotonic() - started)
-        try:
-            repro.append(watch([sys.executable, "-m", "dvc", "repro"], Path(), 600)[0].seconds)
-        except ProcessFailed as failed:
-            return status, repro, {"extra_s": str(failed)}
+        for command, seconds in ((["status", "--quiet"], status), (["repro"], repro)):
+            started = time.monotonic()
+            done = subprocess.run([sys.executable, "-m", "dvc", *command], capture_output=True, text=True, check=False)
+            if done.returncode:
+                what = f"dvc {command[0]} ended with {done.returncode}"
+                return status, repro, {"extra_s": f"{what}: there is something to do, or no pipeline; dvc repro or dvc pull first"}
+            seconds.append(time.monotonic() - started)
     return status, repro, {}

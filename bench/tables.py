@@ -58,11 +58,10 @@ def one_size(folder: Path, turns: int, limit_s: float) -> TableSize:
     (folder / TRACES).parent.mkdir(parents=True)
     (folder / COMPANIES).symlink_to(COMPANIES.resolve())
     shutil.copy("params.yaml", folder)
-    # In a process of its own: this one must stay small, see `watch`.
-    _, counted = watch([sys.executable, "-m", "bench._traces", str(TRACES.resolve()), str(folder / TRACES), str(turns)], folder, limit_s)
+    _, counted = watch("bench._traces", str(TRACES.resolve()), str(folder / TRACES), str(turns), cwd=folder, limit_s=limit_s)
     agent_turns, messages, conversations = map(int, counted.split())
-    verify, said = watch([sys.executable, "-m", "stages.verify"], folder, limit_s)
+    verify, said = watch("stages.verify", cwd=folder, limit_s=limit_s)
     kept = int(said.partition(" in, ")[2].split(" kept")[0])
-    oversample, _ = watch([sys.executable, "-m", "stages.oversample"], folder, limit_s)
+    oversample, _ = watch("stages.oversample", cwd=folder, limit_s=limit_s)
     return TableSize(turns=agent_turns, messages=messages, conversations=conversations, kept=kept, verify=verify, oversample=oversample,
                      seconds=verify.seconds + oversample.seconds)

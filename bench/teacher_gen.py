@@ -58,7 +58,7 @@ def one_level(url: str, slots: int, calls_per_slot: int, latency_s: float, round
 def work(what: str, url: str, slots: int, count: int) -> str:
     """The last line that bench._generation prints, with an empty store of responses."""
     with tempfile.TemporaryDirectory() as cache:
-        _, said = watch([sys.executable, "-m", "bench._generation", what, url, str(slots), str(count)], Path(), LIMIT_S, HANDOFF_CACHE=cache)
+        _, said = watch("bench._generation", what, url, str(slots), str(count), cwd=Path(), limit_s=LIMIT_S, HANDOFF_CACHE=cache)
     return said.splitlines()[-1]
 
 
