@@ -49,7 +49,8 @@ def watch(module: str, *arguments: str, cwd: Path, limit_s: float, **environment
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     started = time.monotonic()
     try:
-        done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s,
+                              check=False)
     except subprocess.TimeoutExpired:
         raise ProcessFailed(f"{module}: stopped after {limit_s:g} s") from None
     seconds = time.monotonic() - started
@@ -71,10 +72,10 @@ def this_machine() -> Machine:
 
 def circumstances() -> dict[str, Any]:
     """The fields that every part begins with; to be taken before it starts."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     # The results file changes from part to part; that is no change of what is measured.
-    same = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", f":!{RESULTS}"], capture_output=True, check=False).returncode == 0
-    return {"commit": commit if same else f"{commit}-dirty", "load": os.getloadavg()[0]}
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", f":!{RESULTS}"], capture_output=True, check=False).returncode
+    return {"commit": f"{commit}-dirty" if commit and changed else commit or "unknown", "load": os.getloadavg()[0]}
 
 
 def read_results(path: Path = RESULTS) -> Details:
