@@ -75,9 +75,12 @@ def draw_turns(conversations: Iterable[tuple[Company, Scenario, list[Message]]])
     return [turn for _, group in sorted(groups.items()) for _, turn in sorted(group, key=lambda found: found[0])[:TURNS]]
 
 
-async def ask_again(turns: list[Turn], samples: int, params: EndpointParams, simulator_url: str | None, spend: Spend, *,
-                    offline: bool = False) -> list[list[Completion | None]]:
-    """The teacher's answers, (turns, samples), None where the endpoint gave none; `offline` as far as the cache goes."""
+async def ask_again(turns: list[Turn], samples: int, params: EndpointParams, simulator_url: str | None, spend: Spend,
+                    paid_usd: float = 0.0, *, offline: bool = False) -> list[list[Completion | None]]:
+    """The teacher's answers, (turns, samples), None where the endpoint gave none; `offline` as far as the cache goes.
+
+    `paid_usd` is what the conversations cost; the live line counts it in.
+    """
     finished_usd = 0.0
     async with open_endpoints(spend, simulator_url, params, offline=offline) as (teacher,):
         with tqdm(total=len(turns) * samples, desc="teacher_gen, again", unit="turn", file=sys.stderr, disable=offline, miniters=0) as bar:
@@ -90,8 +93,7 @@ async def ask_again(turns: list[Turn], samples: int, params: EndpointParams, sim
                     answer = await teacher.chat(agent_chat(turn.company, turn.history), FIRST_SAMPLE + sample, schema)
                 finished_usd += (answer and answer.cost_usd) or 0.0
                 bar.update()
-                left_usd = finished_usd / bar.n * (bar.total - bar.n) if bar.n else 0.0
-                bar.set_postfix_str(spend.progress((spend.data.cost_usd or 0.0) + left_usd), refresh=False)
+                bar.set_postfix_str(spend.progress(paid_usd + (finished_usd / bar.n * bar.total if bar.n else 0.0)), refresh=False)
                 return answer
 
             flat = await asyncio.gather(*(ask(turn, sample) for turn in turns for sample in range(samples)))

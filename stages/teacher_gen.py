@@ -103,7 +103,8 @@ async def hold_and_ask(companies: dict[str, Company], params: TeacherGenParams, 
         return held, None
     turns = draw_turns((company, scenario, messages) for company, scenario, transcripts in held
                        if company.slug in held_out and (messages := kept(company, scenario, transcripts)))
-    answers = await ask_again(turns, params.samples, params.teacher, simulator_url, spend, offline=offline)
+    paid_usd = sum(cost.cost_usd or 0.0 for _, _, transcripts in held for transcript in transcripts for cost in transcript.costs)
+    answers = await ask_again(turns, params.samples, params.teacher, simulator_url, spend, paid_usd, offline=offline)
     return held, self_agreement(turns, answers, params.samples)
 
 
@@ -209,7 +210,7 @@ def main() -> None:
     say(f"teacher_gen: {metrics['conversations']} conversations of {metrics['scenarios']} scenarios, {metrics['agent_turns']} agent turns "
         f"by {metrics['teacher']}, {metrics['infrastructure_failures']} infrastructure failures")
     if agreement:
-        say(in_words(agreement, metrics["teacher"]))
+        say(in_words(agreement, teacher_name(params.teacher)))
 
 
 if __name__ == "__main__":
