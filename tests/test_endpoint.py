@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import itertools
 import json
 import os
 import subprocess
@@ -92,7 +93,7 @@ def test_a_fault_that_passes_changes_nothing(clean, fault):
 def test_an_answer_that_does_not_end_is_cut_off_and_asked_for_again(clean, fault):
     with hostile(PLAYER, lambda request, nth: fault if nth == 0 and len(request["messages"]) == 2 else OK) as server:
         began = time.monotonic()
-        assert held(server.url, timeout_s=1.5) == clean[0] and time.monotonic() - began < 30
+        assert held(server.url, timeout_s=3.0) == clean[0] and time.monotonic() - began < 60
         assert server.count(fault) == 8, "once for teacher and customer of each conversation"
 
 
@@ -232,6 +233,30 @@ def test_a_change_pays_for_the_difference_only():
     assert asked[0] == asked[1] < asked[2] < asked[3] < asked[4] == calls[0], "each run sends what is new, each request once"
     assert rows[0] == rows[1] and rows[0] == [row for row in rows[2] if row["scenario"] in {r["scenario"] for r in rows[0]}]
     assert {row["attempt"] for row in rows[3]} > {0}
+
+
+def revised(company, name):
+    """The company, with more to say at the end of an article."""
+    more = lambda article: article.model_copy(update={"paragraphs": [*article.paragraphs[:-1], article.paragraphs[-1] + " Revised."]})  # noqa: E731
+    return company.model_copy(update={"articles": [more(article) if article.id == name else article for article in company.articles]})
+
+
+def test_an_article_that_changes_and_a_company_that_is_added_pay_for_the_difference_only():
+    gym, travel = (real(slug).model_copy(update={"scenarios": real(slug).scenarios[-6:]}) for slug in ("gym", "travel"))
+    with hostile(Player({"gym": gym, "travel": travel}, Rates(**FLAWLESS)).answer) as server:
+        rows, sent = [], []
+        first = held(server.url, {"gym": gym})
+        read = [{row["scenario"] for row in first if row["role"] == "tool" and article.paragraphs[-1] in row["content"]} for article in gym.articles]
+        name = next(article.id for article, readers in zip(gym.articles, read, strict=True) if 0 < len(readers) < len(gym.scenarios))
+        sent.append(len(server.log))
+        for companies in ({"gym": revised(gym, name)}, {"gym": revised(gym, name), "travel": travel}):
+            rows.append(held(server.url, companies))
+            sent.append(len(server.log))
+        asked = [[request["messages"] for *_, request, _ in server.log[begin:end]] for begin, end in itertools.pairwise(sent)]
+    assert set(server.arrived.values()) == {1} and 0 < len(asked[0]) < sent[0]
+    assert all(any("Revised." in message["content"] for message in messages) for messages in asked[0]), "only who read it"
+    assert asked[1] and all(travel.profile.name in messages[0]["content"] for messages in asked[1]), "only the new company"
+    assert rows[1][: len(rows[0])] == rows[0]
 
 
 @pytest.mark.parametrize("spoil", [
