@@ -81,9 +81,9 @@ async def ask_again(turns: list[Turn], samples: int, params: EndpointParams, sim
 
     `paid_usd` is what the conversations cost; the live line counts it in.
     """
-    finished_usd = 0.0
+    finished_usd, total = 0.0, len(turns) * samples
     async with open_endpoints(spend, simulator_url, params, offline=offline) as (teacher,):
-        with tqdm(total=len(turns) * samples, desc="teacher_gen, again", unit="turn", file=sys.stderr, disable=offline, miniters=0) as bar:
+        with tqdm(total=total, desc="teacher_gen, again", unit="turn", file=sys.stderr, disable=offline, miniters=0) as bar:
 
             async def ask(turn: Turn, sample: int) -> Completion | None:
                 nonlocal finished_usd

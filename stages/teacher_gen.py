@@ -193,7 +193,7 @@ def main() -> None:
     write_table(TRACES, frame, Traces)
     write_table(RECORDED, Logs().table(), Recorded)
     agent = frame.filter(pl.col("role") == "agent")
-    metrics = {
+    metrics: dict[str, Any] = {
         "teacher": teacher_name(params.teacher),
         "customer": teacher_name(params.customer),
         "scenarios_per_company": data.scenarios_per_company,
