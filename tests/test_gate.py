@@ -15,7 +15,7 @@ from stages.gate import CANNOT_TELL, FAIL, PASS, limit_rule, more_turns, more_tu
 from tests.deciding import command, lay_out, predictions, put_counts, turns, with_action
 from tests.helpers import inside
 
-LENIENT = {"min_recall": 0.5, "max_over_escalation": 0.1, "max_cost_increase": 0.25, "min_valid_output": 0.95, "max_unscored": 0.05}
+LENIENT = {"min_recall": 0.5, "max_over_escalation": 0.15, "max_cost_increase": 0.25, "min_valid_output": 0.95, "max_unscored": 0.05}
 MANY = turns(conversations=200)
 
 
@@ -94,7 +94,7 @@ def test_bad_output_and_a_judge_that_gives_no_verdict_do_not_pass(tmp_path, coun
 
 
 def test_what_the_turns_cannot_show_fails_unless_one_says_otherwise(good, tmp_path):
-    calibrated(tmp_path, predictions(turns(conversations=10), strength=4.0))
+    calibrated(tmp_path, predictions(turns(conversations=6), strength=4.0))
     code, rules = gate(tmp_path)
     assert code == 1 and rules["escalate_recall"]["verdict"] == "cannot tell" and "more hand-off turns" in rules["escalate_recall"]["why"]
     edit(tmp_path, "cannot_tell_passes: false", "cannot_tell_passes: true")
@@ -199,6 +199,7 @@ def test_a_cost_that_is_left_open_says_how_many_turns_would_settle_it(history, t
     with inside(tmp_path):
         subprocess.run(["git", "clone", "-q", str(history), "copy"], check=True)
     folder = calibrated(tmp_path / "copy", predictions(MANY, strength=0.5, seed=1))
+    edit(folder, "max_cost_increase: 0.25", "max_cost_increase: 0.5")
     code, rules = gate(folder, "--base", "weak")
     assert code == 1 and rules["expected"]["verdict"] == "cannot tell"
     assert re.fullmatch(r"needs about [1-9]\d* more turns", rules["expected"]["why"])
