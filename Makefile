@@ -4,6 +4,7 @@
 # make cache      the paid responses that are kept
 # make gate       may the student go to customers? BASE=REV also compares its cost with a revision's
 # make test       the test suite
+# make bench      how fast the loop is, into metrics/bench.json; PART=train measures one part only
 # make pr-comment BASE=main   what this branch does to the results, as a pull request shows it
 
 PYTHON ?= python3.11
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: repro quick estimate cache gate test lint pr-comment
+.PHONY: repro quick estimate cache gate test bench lint pr-comment
 
 repro: $(BIN)/.installed
 	dvc repro
@@ -37,6 +38,9 @@ cache: $(BIN)/.installed
 
 test: $(BIN)/.installed
 	python -m pytest
+
+bench: $(BIN)/.installed
+	python -m bench $(PART)
 
 pr-comment: $(BIN)/.installed
 	@python -m stages.pr_comment "$(or $(BASE),main)"

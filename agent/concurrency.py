@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 START = 4
@@ -16,10 +16,15 @@ class ConcurrencyLimit:
 
     Additive increase, multiplicative decrease (Chiu and Jain, 1989); up to the first overload the limit doubles with each
     round, from a few (TCP's slow start, Jacobson, 1988).
+
+    Args:
+        most: calls in flight, at the most.
+        pause: waits for so many seconds; False, at once, when no call will start any more.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, pause: Callable[[float], Awaitable[bool]]) -> None:
         self._most, self._limit = most, float(min(most, START))
+        self._pause = pause
         self._in_flight = 0
         self._cut_at = self._not_before = -math.inf
         self._changed = asyncio.Condition()
@@ -31,8 +36,8 @@ class ConcurrencyLimit:
             await self._changed.wait_for(lambda: self._in_flight < int(self._limit))
             self._in_flight += 1
         try:
-            while (wait := self._not_before - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
+            while (wait := self._not_before - time.monotonic()) > 0 and await self._pause(wait):
+                pass  # another call may have been told to wait longer
             yield time.monotonic()
         finally:
             async with self._changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import httpx2
@@ -19,9 +20,9 @@ import openai
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agent.concurrency import ConcurrencyLimit
-from agent.responses import RESPONSES, Completion, Responses, request_key
+from agent.responses import RESPONSES, Completion, Responses, note_name, request_key
 from agent.spend import FREE, EndpointFailure, Price, Room, Spend, Stopped, Usage
-from agent.wire import Answer, Counted, Dialect, Metered, ignores_schema, retry_after
+from agent.wire import Answer, Counted, Dialect, MaxTokens, Metered, Output, ignores_schema, retry_after, strict
 from schemas.errors import InputError
 
 SIMULATOR = "simulator"
@@ -30,6 +31,8 @@ TRIES = 8
 """How often a request is sent before its conversation is given up: about a minute of waiting at most, Retry-After apart."""
 PAID_TRIES = 2
 """The same, where the server answered and charged for something that cannot be used."""
+SILENT_TRIES = 2
+"""The same, where the server has never answered and lets the time run out: each costs `timeout_s`."""
 BACKOFF_S, MAX_BACKOFF_S, MAX_RETRY_AFTER_S = 0.5, 30.0, 300.0
 GIVEN_UP_IN_A_ROW = 8
 """Calls given up one after the other, over all conversations, after which the endpoint counts as down."""
@@ -79,7 +82,7 @@ def check_endpoint(params: EndpointParams) -> None:
         return
     try:
         parts = urlsplit(params.base_url)
-        whole = parts.scheme in ("http", "https") and bool(parts.hostname)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # a port that is none raises
     except ValueError:
         whole = False
     if not whole:
@@ -108,9 +111,9 @@ def api_key(params: EndpointParams) -> str:
 class _Again(Exception):
     """This try failed, and another may do better."""
 
-    def __init__(self, why: str, wait_s: float | None = None, *, unreachable: bool = False, paid: bool = False) -> None:
+    def __init__(self, why: str, wait_s: float | None = None, *, unreachable: bool = False, silent: bool = False, paid: bool = False) -> None:
         super().__init__(why)
-        self.why, self.wait_s, self.unreachable, self.paid = why, wait_s, unreachable, paid
+        self.why, self.wait_s, self.unreachable, self.silent, self.paid = why, wait_s, unreachable, silent, paid
 
 
 class _Refused(Exception):
@@ -135,10 +138,10 @@ class Endpoint:
         self._key, self._responses, self._spend, self._offline = key, responses, spend, offline
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=params.timeout_s, max_retries=0)
         self._price = FREE if params.simulated else params.price
-        self._limit = ConcurrencyLimit(params.max_concurrency)
+        self._limit = ConcurrencyLimit(params.max_concurrency, spend.pause)
         self._dialects: dict[bool, Dialect] = {}
         self._settling = asyncio.Lock()
-        self._answered = False
+        self._answered = self._answered_before = False  # in this run, and in an earlier one
         self._given_up = 0
 
     async def chat(self, messages: list[dict[str, str]], sample: int = 0, schema: dict[str, Any] | None = None) -> Completion:
@@ -172,14 +175,14 @@ class Endpoint:
         return request_key(self.params.base_url, request, sample)
 
     def _stored(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion | None:
-        """The answer to the request as we would send it now or may have sent it before we knew the server."""
+        """The answer to the request as we would send it now or may have sent it when we knew the server less, or it took other fields."""
         assert self._responses is not None
         known, _ = self._dialect(schema)
-        outputs: list[Literal["json_schema", "json_object", "text"]] = ["json_schema", "json_object", "text"] if schema else [known.output]
-        for output in sorted(outputs, key=lambda output: output != known.output):
-            key = self._key_of(self._request(messages, sample, schema, replace(known, output=output)), sample)
+        dialects = itertools.product(get_args(Output) if schema else [known.output], (True, False), get_args(MaxTokens))
+        for dialect in sorted(itertools.starmap(Dialect, dialects), key=lambda dialect: dialect != known):
+            key = self._key_of(self._request(messages, sample, schema, dialect), sample)
             if stored := self._responses.get(key):
-                self._answered = True
+                self._answered_before = True
                 self._spend.reused += not self._offline
                 if stored.cost_usd is None and self._price:  # the price was not known then
                     cost = self._price.of(stored.prompt_tokens, stored.cached_tokens, stored.completion_tokens)
@@ -197,7 +200,7 @@ class Endpoint:
         # The simulator answers from what is written: there is nothing to hold to a schema.
         if schema is not None and not self.params.simulated:
             if dialect.output == "json_schema":
-                request["response_format"] = {"type": "json_schema", "json_schema": {"name": "step", "strict": True, "schema": schema}}
+                request["response_format"] = {"type": "json_schema", "json_schema": {"name": "step", "strict": True, "schema": strict(schema)}}
             elif dialect.output == "json_object":
                 request["response_format"] = {"type": "json_object", "schema": schema}
         return request | self.params.extra
@@ -210,7 +213,7 @@ class Endpoint:
         return self._dialects.get(structured, Dialect()), structured in self._dialects or self.params.simulated
 
     def _note_name(self, structured: bool) -> str:
-        return f"{self.params.base_url.rstrip('/')} {self.params.model} {'schema' if structured else 'plain'}"
+        return f"{note_name(self.params.base_url, self.params.model)} {'schema' if structured else 'plain'}"
 
     def _settle(self, schema: dict[str, Any] | None, dialect: Dialect) -> None:
         structured = schema is not None and not self.params.simulated
@@ -234,42 +237,49 @@ class Endpoint:
             try:
                 completion = await self._tries(request, sample)
             except _Refused as refused:
-                if (lesser := dialect.lesser(request, refused.words, settled)) is None:
-                    raise self._give_up(f"HTTP {refused.status}", refused.words, down=False) from None
+                forbidden = refused.status == 403  # whatever the form of the request
+                if forbidden or (lesser := dialect.lesser(request, refused.words, settled)) is None:
+                    raise self._give_up(f"HTTP {refused.status}", refused.words, down=forbidden, forbidden=forbidden) from None
                 dialect = lesser
                 continue
-            if "response_format" in request and completion.finish_reason == "stop" and ignores_schema(completion.text):
+            # Later on, a step that breaks the schema is an odd one; a refusal says nothing of it.
+            if not settled and "response_format" in request and completion.finish_reason == "stop" and ignores_schema(completion.text):
                 dialect = replace(dialect, output="text")
             if not settled or dialect != known:  # a call that learnt nothing does not overrule one that did
                 self._settle(schema, dialect)
             return completion
 
     async def _tries(self, request: dict[str, Any], sample: int) -> Completion:
-        paid = 0
+        paid = silent = 0
         for attempt in range(TRIES):
             try:
                 return await self._one_try(request, sample)
             except _Again as again:
                 last = again
             paid += last.paid
-            if paid == PAID_TRIES or attempt + 1 == TRIES:
+            silent += last.silent
+            if paid == PAID_TRIES or (silent >= SILENT_TRIES and not self._answered) or attempt + 1 == TRIES:
                 break
             if not last.wait_s:  # where the server named a time, the limit keeps it
-                await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (attempt + 1))))
-        raise self._give_up(last.why, "", down=not last.paid, unreachable=last.unreachable)
+                await self._spend.pause(random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (attempt + 1))))
+        raise self._give_up(last.why, "", down=not last.paid, unreachable=last.unreachable, silent=silent >= SILENT_TRIES)
 
-    def _give_up(self, why: str, words: str, *, down: bool, unreachable: bool = False) -> EndpointFailure:
+    def _give_up(self, why: str, words: str, *, down: bool, unreachable: bool = False, silent: bool = False,
+                 forbidden: bool = False) -> EndpointFailure:
         """Record a call that is given up; the whole stage stops if the endpoint is plainly down.
 
         A request that the server refuses or answers with nothing is no sign of that once the endpoint has answered others.
         """
-        if down or not self._answered:
+        if down or not (self._answered or self._answered_before):
             self._given_up += 1
         said = f" ({words})" if words else ""
         if not self._answered and unreachable:
             self._spend.stop(InputError(f"{self.params.base_url} cannot be reached", "check base_url in params.yaml, and that the server runs"))
+        elif not self._answered and silent:
+            self._spend.stop(InputError(f"{self.params.base_url} gave {why} to {SILENT_TRIES} tries, and has answered nothing yet",
+                                        "check base_url in params.yaml, and that the server is not stuck; for a slow one, raise timeout_s"))
         elif self._given_up >= (GIVEN_UP_IN_A_ROW if self._answered else GIVEN_UP_AT_FIRST):
-            self._spend.stop(InputError(
+            self._spend.stop(self._key_refused(403) if forbidden else InputError(
                 f"{self.params.base_url} gave no usable answer to {self._given_up} calls in a row, the last time: {why}{said}",
                 "every answer so far is kept: run again once the endpoint is well"))
         return EndpointFailure(why)
@@ -283,7 +293,7 @@ class Endpoint:
                     body = await self._client.post("/chat/completions", body=request, cast_to=str)
             except (TimeoutError, openai.APITimeoutError):
                 room.lost()
-                raise _Again(f"no answer within {self.params.timeout_s:g} s") from None
+                raise _Again(f"no answer within {self.params.timeout_s:g} s", silent=True) from None
             except openai.APIStatusError as error:
                 raise self._status(error, started) from None
             except openai.APIConnectionError as error:
@@ -298,10 +308,9 @@ class Endpoint:
     def _status(self, error: openai.APIStatusError, started: float) -> Exception:
         """What a status code means for this call, and for the stage."""
         status, words = error.status_code, self._words(error)
-        url, variable = self.params.base_url, self.params.api_key_env
+        url = self.params.base_url
         if status == 401 or (status == 403 and not self._answered):
-            hint = f"check the environment variable {variable}" if variable else "name the environment variable that holds the key in api_key_env"
-            return InputError(f"{url} refuses the key (HTTP {status})", hint)
+            return self._key_refused(status)
         if status == 402:
             return InputError(f"{url} wants to be paid first (HTTP 402)", "every answer so far is kept: top up the account and run again")
         if status == 404:
@@ -315,6 +324,11 @@ class Endpoint:
         if status in (429, 503, 529):
             self._limit.overloaded(started, wait_s)
         return _Again(f"HTTP {status}", wait_s if status in (429, 503, 529) else None)
+
+    def _key_refused(self, status: int) -> InputError:
+        variable = self.params.api_key_env
+        hint = f"check the environment variable {variable}" if variable else "name the environment variable that holds the key in api_key_env"
+        return InputError(f"{self.params.base_url} refuses the key (HTTP {status})", hint)
 
     def _words(self, error: openai.APIStatusError) -> str:
         """What the server says is wrong, at most 200 characters and without the key."""
@@ -341,9 +355,10 @@ class Endpoint:
         choice = answer.choices[0]
         content = choice.message.content or choice.message.refusal or ""
         reasoning = choice.message.reasoning_content or choice.message.reasoning or ""
+        finish = "refusal" if choice.message.refusal and not choice.message.content else choice.finish_reason or ""
         completion = Completion(
             base_url=self.params.base_url, model=self.params.model, stored=time.time(), content=content, reasoning=reasoning,
-            finish_reason=choice.finish_reason or "", **asdict(self._usage(answer.usage, request, content + reasoning)))
+            finish_reason=finish, **asdict(self._usage(answer.usage, request, content + reasoning)))
         if not completion.text.strip() and completion.finish_reason != "length":
             room.paid(None, completion.usage)
             raise _Again("the answer holds no text", paid=True)

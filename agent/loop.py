@@ -21,6 +21,10 @@ from schemas.traces import Message, Role
 
 MAX_STEPS = 16
 """Agent steps after which a conversation is stopped: a loop guard, above what verify accepts."""
+CUSTOMER_TRIES = 3
+"""How many answers a customer has to say something in, where a model thinks until `max_tokens` cuts it."""
+SAMPLES_APART = 1_000_000
+"""Between the samples of those answers: more than anybody's `attempts`, so that no two attempts share an answer."""
 
 
 @dataclass
@@ -32,11 +36,13 @@ class Transcript:
     failure: str | None = None
     calls: dict[Role, int] = field(default_factory=lambda: {Role.AGENT: 0, Role.CUSTOMER: 0})
     cut_short: int = 0
+    unplaced: Usage = field(default_factory=Usage)
 
     def add(self, role: Role, content: str, completion: Completion | None = None) -> None:
         """Append a message, with what the endpoint counted for it."""
         self.messages.append(Message(role, content))
-        self.costs.append(completion.usage if completion else Usage())
+        self.costs.append((completion.usage if completion else Usage()) + self.unplaced)
+        self.unplaced = Usage()
 
     def count(self, role: Role, completion: Completion) -> None:
         """Count a call by who answered it, and whether `max_tokens` cut the answer."""
@@ -44,9 +50,11 @@ class Transcript:
         self.cut_short += completion.finish_reason == "length"
 
     def also_cost(self, completion: Completion) -> None:
-        """Count a call that left no message towards the last one."""
+        """Count a call that left no message towards the last one, or as `unplaced` towards the first one to come."""
         if self.costs:
             self.costs[-1] += completion.usage
+        else:
+            self.unplaced += completion.usage
 
 
 async def converse(company: Company, scenario: Scenario, world: World, teacher: Endpoint, customer: Endpoint, sample: int) -> Transcript:
@@ -60,13 +68,17 @@ async def converse(company: Company, scenario: Scenario, world: World, teacher: 
     steps = 0
     try:
         while steps < MAX_STEPS:
-            said = await customer.chat(customer_chat(company, scenario, transcript.messages), sample)
-            transcript.count(Role.CUSTOMER, said)
+            for again in range(CUSTOMER_TRIES):
+                said = await customer.chat(customer_chat(company, scenario, transcript.messages), sample + again * SAMPLES_APART)
+                transcript.count(Role.CUSTOMER, said)
+                if said.text.strip():
+                    break
+                transcript.also_cost(said)
+            else:
+                raise EndpointFailure("the customer's answers were cut at max_tokens before they said anything")
             if DONE in said.text:
                 transcript.also_cost(said)
                 break
-            if not said.text.strip():
-                raise EndpointFailure("the customer's answer was cut at max_tokens before it said anything")
             transcript.add(Role.CUSTOMER, said.text.strip(), said)
             while steps < MAX_STEPS:
                 steps += 1

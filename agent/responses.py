@@ -1,7 +1,8 @@
 """Paid responses: a content-addressed store outside every DVC output, so that nothing is paid for twice.
 
 A response is one row of an SQLite database in WAL mode (diskcache), written in one transaction as soon as it arrives:
-after a kill it is there whole or not at all. An entry that cannot be read all the same is dropped, and asked anew.
+after a kill it is there whole or not at all. An entry that is damaged all the same is dropped, and asked anew; one of a
+shape that we do not know stays until it is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agent.paths import CACHE
 from agent.spend import Usage
+from agent.wire import unwrapped
 from schemas.errors import InputError
 
 RESPONSES = CACHE / "responses"
@@ -31,9 +33,12 @@ _POLL_S = 0.05
 
 
 class Completion(BaseModel):
-    """One answer as it came, the tokens that the server counted, and what it cost when it was paid for."""
+    """One answer as it came, the tokens that the server counted, and what it cost when it was paid for.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    A later version may have stored more of it: what is paid for stays readable.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
     base_url: str
     model: str
     stored: float = Field(description="Unix time, seconds")
@@ -47,7 +52,7 @@ class Completion(BaseModel):
 
     @property
     def text(self) -> str:
-        """What the model says, without what it thinks.
+        """What the model says, without what it thinks and without the envelope in which a schema may have put it.
 
         The thought may stand before the text, in `<think>…</think>` (the first mark may be part of the server's template
         and missing), or in a field of its own. A server that takes everything for thought leaves the text in that field.
@@ -58,10 +63,10 @@ class Completion(BaseModel):
             whole = self.reasoning
         whole = whole.lstrip()
         if whole.startswith("{"):
-            return whole
+            return unwrapped(whole)
         before, mark, after = whole.partition("</think>")
         if mark and (before.startswith("<think>") or "<think>" not in before):
-            return after.lstrip()
+            return unwrapped(after.lstrip())
         return "" if whole.startswith("<think>") else whole
 
     @property
@@ -73,6 +78,11 @@ class Completion(BaseModel):
 def request_key(base_url: str, request: dict[str, Any], sample: int) -> str:
     """The address of a response: a hash of the base URL, the whole request as sent, and the sample index."""
     return hashlib.sha256(json.dumps([base_url.rstrip("/"), request, sample], sort_keys=True).encode()).hexdigest()
+
+
+def note_name(base_url: str, model: str) -> str:
+    """Under what notes about a model behind an endpoint are stored; what follows a space says which note."""
+    return f"{base_url.rstrip('/')} {model}"
 
 
 class Responses:
@@ -104,14 +114,13 @@ class Responses:
         return os.open(self.folder / "asking.lock", os.O_RDWR | os.O_CREAT, 0o644)
 
     def get(self, key: str) -> Completion | None:
-        """The response under a key, or None. An entry that is damaged is deleted."""
+        """The response under a key, or None. An entry that is damaged is deleted; one of another shape is left to whoever can read it."""
         entry = self._read(key)
         if entry is None:
             return None
         try:
             return Completion.model_validate(entry)
         except ValidationError:
-            self._cache.delete(key, retry=True)
             return None
 
     def _read(self, key: str) -> Any | None:
@@ -177,10 +186,10 @@ class Responses:
                 self._cache.delete(key, retry=True)
                 gone.append(completion)
             else:
-                left.add((completion.base_url, completion.model))
-        for base_url, model in {(completion.base_url, completion.model) for completion in gone} - left:
+                left.add(note_name(completion.base_url, completion.model))
+        for name in {note_name(completion.base_url, completion.model) for completion in gone} - left:
             for key in list(self._cache):
-                if isinstance(key, str) and key.startswith(f"note:{base_url} {model} "):
+                if isinstance(key, str) and key.startswith(f"note:{name} "):
                     self._cache.delete(key, retry=True)
         return gone
 

@@ -96,6 +96,7 @@ class Spend:
         self._counted: set[str] = set()
         self._reserved_usd, self._in_flight = 0.0, 0
         self._changed = asyncio.Condition()
+        self._stopped = asyncio.Event()
 
     def count(self, key: str, usage: Usage) -> None:
         """An answer that the data rests on, new or from the cache; each is counted once."""
@@ -106,6 +107,15 @@ class Spend:
     def stop(self, reason: InputError) -> None:
         """Start no more calls. Those in flight go on to their end, so that what is paid is kept."""
         self.reason = self.reason or reason
+        self._stopped.set()
+
+    async def pause(self, seconds: float) -> bool:
+        """Wait for some seconds; False, at once, when the stage is ending early."""
+        try:
+            await asyncio.wait_for(self._stopped.wait(), seconds)
+        except TimeoutError:
+            return True
+        return False
 
     @property
     def _total_usd(self) -> float:

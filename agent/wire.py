@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import email.utils
 import math
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from schemas.action import ActionError, ActionFault, parse_action
 
@@ -38,22 +39,30 @@ class _Choice(_Wire):
 
 
 class _Details(_Wire):
-    cached_tokens: int | None = Field(default=None, ge=0)
+    cached_tokens: int | None = Field(default=None, ge=0, strict=False)
 
 
 class Counted(_Wire):
-    """The tokens that a server says it counted."""
+    """The tokens that a server says it counted; some write them as 5.0."""
 
-    prompt_tokens: int = Field(ge=0)
-    completion_tokens: int = Field(default=0, ge=0)
+    prompt_tokens: int = Field(ge=0, strict=False)
+    completion_tokens: int = Field(default=0, ge=0, strict=False)
     prompt_tokens_details: _Details | None = None
+
+
+def _if_readable(usage: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    # An answer is paid for and good, whatever the server says it counted.
+    try:
+        return read(usage)
+    except ValidationError:
+        return None
 
 
 class Answer(_Wire):
     """What is read of a chat completion; everything else in it is left alone."""
 
     choices: list[_Choice] = Field(min_length=1)
-    usage: Counted | None = None
+    usage: Annotated[Counted | None, WrapValidator(_if_readable)] = None
 
 
 class Metered(_Wire):
@@ -62,13 +71,17 @@ class Metered(_Wire):
     usage: Counted
 
 
+Output = Literal["json_schema", "json_object", "text"]
+MaxTokens = Literal["max_tokens", "max_completion_tokens"]
+
+
 @dataclass(frozen=True)
 class Dialect:
     """Which of the optional parts of a request the server takes; found out with the first call, and noted in the cache."""
 
-    output: Literal["json_schema", "json_object", "text"] = "json_schema"
+    output: Output = "json_schema"
     seed: bool = True
-    max_tokens: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    max_tokens: MaxTokens = "max_tokens"
 
     def lesser(self, request: dict[str, Any], words: str, settled: bool) -> Dialect | None:
         """The next one to try after a refusal: without what the server's words name, else with less of structured output.
@@ -82,6 +95,32 @@ class Dialect:
         if "response_format" in request and (not settled or "response_format" in words or "schema" in words):
             return replace(self, output="json_object" if self.output == "json_schema" else "text")
         return None
+
+
+_ENVELOPE = re.compile(r'\A\{\s*"step"\s*:\s*(\{.*\})\s*\}\s*\Z', re.DOTALL)
+
+
+def strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema as OpenAI's strict mode takes it (developers.openai.com/api/docs/guides/structured-outputs, "Supported schemas").
+
+    There the root is an object and no `anyOf`, so what is asked for stands under `step`; every value has a type; and
+    the length of a text cannot be asked for. Whoever reads the answer checks that.
+    """
+    return {"type": "object", "properties": {"step": _strict(schema)}, "required": ["step"], "additionalProperties": False}
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    taken = {name: value for name, value in schema.items() if name not in ("minLength", "maxLength")}
+    if "anyOf" in taken:
+        taken["anyOf"] = [_strict(variant) for variant in taken["anyOf"]]
+    if "properties" in taken:
+        taken["properties"] = {name: _strict(value) for name, value in taken["properties"].items()}
+    return taken if taken.keys() & {"type", "anyOf"} else {"type": "string", **taken}
+
+
+def unwrapped(text: str) -> str:
+    """A text without the envelope that `strict` asks for, if it came in one."""
+    return found[1] if (found := _ENVELOPE.match(text)) else text
 
 
 def ignores_schema(text: str) -> bool:

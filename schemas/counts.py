@@ -7,7 +7,6 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from schemas.metrics import Count, Model, Rate
-from schemas.operating import Scorer
 
 
 class _Known(BaseModel):
@@ -59,11 +58,20 @@ class Bin(Counted):
     observed: Rate
 
 
-class AtThreshold(_Known):
-    """What the threshold does."""
+class Cost(_Known):
+    """Minutes a turn, with the 95 % interval that draws whole conversations."""
+
+    value: float = Field(ge=0)
+    cluster_low: float | None
+    cluster_high: float | None
+
+
+class Decided(_Known):
+    """What comes of one policy: the model as it decodes, or under the threshold."""
 
     escalate_recall: Counted
     over_escalation: Counted
+    expected_cost: Cost
 
 
 class Area(_Known):
@@ -85,9 +93,15 @@ class Brier(_Known):
 class Measured(_Known):
     """One score on one company."""
 
-    at_threshold: AtThreshold
+    at_threshold: Decided
     auc: Area
     brier: Brier
+
+
+class MeasuredModel(Measured):
+    """A model, which decides without the threshold too."""
+
+    plain: Decided
 
 
 class Reliability(_Known):
@@ -98,31 +112,74 @@ class Reliability(_Known):
     recalibrated: list[Bin]
 
 
-class Binned(Measured):
+class Binned(MeasuredModel):
     """The student on all held-out companies."""
 
     reliability: Reliability
 
 
-class Pooled(_Known):
-    """All held-out companies together."""
+class CompanyFigures(_Known):
+    """All scores on one company; base and student share theirs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    base: Measured
-    student: Binned
+    base: MeasuredModel
+    student: MeasuredModel
     bag_of_words: Measured
     embedding: Measured
 
 
-class HeldOut(_Known):
-    """All held-out companies together, and beside it company -> score -> figures."""
+class Pooled(CompanyFigures):
+    """All scores on all held-out companies together."""
 
-    __pydantic_extra__: dict[str, dict[Scorer, Measured]]
+    student: Binned
+
+
+class HeldOut(_Known):
+    """All held-out companies together, and beside it every company by name."""
+
+    __pydantic_extra__: dict[str, CompanyFigures]
     pooled: Pooled
+
+
+class WorstRate(Counted):
+    """A rate at the threshold in the company where that is worst, and there as the model decodes."""
+
+    company: str
+    plain: Counted
+
+
+class WorstCost(Cost):
+    """The same for the cost."""
+
+    company: str
+    plain: Cost
+
+
+class Worst(_Known):
+    """Where each figure is worst; that may be three companies."""
+
+    escalate_recall: WorstRate
+    over_escalation: WorstRate
+    expected_cost: WorstCost
+
+
+class WorstCompany(_Known):
+    """The student's worst company; the file has the other scores' too."""
+
+    student: Worst
+
+
+class Costs(_Known):
+    """Minutes of people's time for one mistake; assumed."""
+
+    missed_minutes: float = Field(ge=0)
+    needless_minutes: float = Field(ge=0)
 
 
 class CalibrateDetail(_Known):
     """`metrics/calibrate_detail.json`."""
 
+    costs: Costs
     held_out: HeldOut
+    worst_company: WorstCompany
     warnings: list[str]

@@ -48,7 +48,7 @@ class ScoreFigures(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     inverse_regularisation: float = Field(gt=0)
-    left_out_company_auc: Share = Field(description="mean over the training companies, each scored by a fit on the others")
+    left_out_company_auc: Share = Field(description="mean over the training companies, each scored by fits on the others; a stack weighs those")
     calibration: Ranking | None
     held_out: dict[str, Ranking | None]
 

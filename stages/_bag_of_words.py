@@ -6,16 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 from agent.handoff_score import tf_idf
 from schemas.action import parse_action
+from schemas.errors import InputError
 from schemas.traces import Role
 
 if TYPE_CHECKING:
     import polars as pl
 
 
-def heard(table: pl.DataFrame) -> pl.DataFrame:
-    """One row an agent turn: company, conversation_id, index, gold_action, and `said`, the list of the customer's messages so far."""
+def heard(table: pl.DataFrame, split: str) -> pl.DataFrame:
+    """One row an agent turn: company, conversation_id, index, gold_action, and `said`, the list of the customer's messages so far.
+
+    Raises:
+        InputError: the split is empty.
+    """
     import polars as pl
 
+    if table.is_empty():
+        raise InputError(f"the {split} split is empty: a hand-off score takes conversations of all three splits",
+                         "data.scenarios_per_company or verify.calibration_one_in in params.yaml makes it larger")
     rows = []
     said: list[str] = []
     for row in table.select("company", "conversation_id", "index", "role", "content").iter_rows(named=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from schemas.errors import InputError
 from schemas.tables import SCORED, Predictions
@@ -68,3 +68,9 @@ def tuned(rows: pl.DataFrame, threshold: float | None) -> pl.DataFrame:
 
     own = pl.when(pl.col("action") == "escalate").then("other_action").otherwise("action")
     return rows.with_columns(action=pl.when(hands_off(threshold)).then(pl.lit("escalate")).otherwise(own))
+
+
+def minutes(rows: pl.DataFrame, cost_missed: float, cost_needless: float) -> Any:
+    """What `action` costs at each turn, in minutes of people's time: array (n,), in order of the rows; no valid step is no hand-off."""
+    gold, escalated = (rows["gold_action"] == "escalate").to_numpy(), (rows["action"] == "escalate").fill_null(False).to_numpy()
+    return cost_missed * (gold & ~escalated) + cost_needless * (~gold & escalated)

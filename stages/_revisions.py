@@ -51,6 +51,27 @@ def read_revision(path: Path, rev: str) -> bytes:
         raise InputError(f"{path} of revision '{rev}' cannot be read: {why}", "dvc doctor shows what is wrong here") from None
 
 
+def has_file(path: Path, rev: str) -> bool:
+    """Whether a revision has a file, be its content on this machine or not.
+
+    Raises:
+        InputError: there is no such revision.
+    """
+    if rev == WORKSPACE:
+        return path.is_file()
+
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+    from dvc.scm import RevError
+
+    try:
+        return bool(DVCFileSystem(rev=rev).exists(path.as_posix()))
+    except RevError:
+        raise InputError(f"there is no revision '{rev}'", "git log, git branch and dvc exp list show the revisions") from None
+    except DvcException as error:
+        raise InputError(f"revision '{rev}' cannot be read: {' '.join(str(error).split())}", "dvc doctor shows what is wrong here") from None
+
+
 @dataclass(frozen=True)
 class Side:
     """One side of a comparison: a revision under a policy, written `REV` (plain), `REV:plain` or `REV:tuned`."""
@@ -114,10 +135,10 @@ def held_out_hash(rev: str) -> str | None:
 
 
 def same_turns(a: Side, b: Side, left: pl.DataFrame, right: pl.DataFrame) -> None:
-    """Refuse two tables whose turns cannot be joined, or whose texts were read by different rules.
+    """Refuse two tables whose turns cannot be joined.
 
     Raises:
-        InputError: other turns, other gold steps, other conversations behind them, or the same text read as another action.
+        InputError: other turns, other gold steps, or other conversations behind them.
     """
     turn = ["company", "conversation_id", "index"]
     keys = [*turn, "gold_action", "gold_reason"]
@@ -130,18 +151,19 @@ def same_turns(a: Side, b: Side, left: pl.DataFrame, right: pl.DataFrame) -> Non
         raise InputError(f"{a.rev} and {b.rev} have the same turns but other conversations around them ({HELD_OUT} differs in dvc.lock)", hint)
 
 
-def same_grader(a: Side, b: Side, left: pl.DataFrame, right: pl.DataFrame) -> None:
-    """Refuse two revisions that read the same text as different steps; `left` and `right` are plain.
+def same_grader(a: str, b: str) -> None:
+    """Refuse two revisions that read the same text as different steps, whatever their thresholds then make of the steps.
 
     Raises:
         InputError: the grader changed between them.
     """
     import polars as pl
 
+    left, right = (predictions(Side(rev, Policy.PLAIN)) for rev in (a, b))
     keys = ["conversation_id", "index", "model", "decoding", "raw"]
     both = left.join(right, on=keys, how="inner", suffix="_b")
     if changed := len(both.filter(pl.col("action").ne_missing(pl.col("action_b")))):
-        raise InputError(f"{changed} equal texts are read as different steps in {a.rev} and {b.rev}: the grader changed between them",
+        raise InputError(f"{changed} equal texts are read as different steps in {a} and {b}: the grader changed between them",
                          "dvc repro eval_exact in the older one, with the newer code, makes them comparable")
 
 

@@ -81,9 +81,9 @@ async def ask_again(turns: list[Turn], samples: int, params: EndpointParams, sim
 
     `paid_usd` is what the conversations cost; the live line counts it in.
     """
-    finished_usd = 0.0
+    finished_usd, total = 0.0, len(turns) * samples
     async with open_endpoints(spend, simulator_url, params, offline=offline) as (teacher,):
-        with tqdm(total=len(turns) * samples, desc="teacher_gen, again", unit="turn", file=sys.stderr, disable=offline, miniters=0) as bar:
+        with tqdm(total=total, desc="teacher_gen, again", unit="turn", file=sys.stderr, disable=offline, miniters=0) as bar:
 
             async def ask(turn: Turn, sample: int) -> Completion | None:
                 nonlocal finished_usd
@@ -93,7 +93,7 @@ async def ask_again(turns: list[Turn], samples: int, params: EndpointParams, sim
                     answer = await teacher.chat(agent_chat(turn.company, turn.history), FIRST_SAMPLE + sample, schema)
                 finished_usd += (answer and answer.cost_usd) or 0.0
                 bar.update()
-                bar.set_postfix_str(spend.progress(paid_usd + (finished_usd / bar.n * bar.total if bar.n else 0.0)), refresh=False)
+                bar.set_postfix_str(spend.progress(paid_usd + (finished_usd / bar.n * total if bar.n else 0.0)), refresh=False)
                 return answer
 
             flat = await asyncio.gather(*(ask(turn, sample) for turn in turns for sample in range(samples)))

@@ -5,7 +5,8 @@ Writes  models/operating_point.json, metrics/calibrate.json, metrics/calibrate_d
 
 The threshold, the map to probabilities and the bound come from the calibration split alone. On the held-out companies a turn
 is handed off where its score is at the threshold or above; below it the model's own action stands, or its best other one. A
-yardstick hands off in the student's place, on top of the student's other actions.
+yardstick hands off in the student's place, on top of the student's other actions. Base model and student share the score, so at
+the threshold they hand off the same turns: only the actions below it, and so the action accuracy, are each model's own.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from schemas.tables import SCORED, Calibration
 from schemas.yardsticks import Yardstick, YardstickScores
 from stages._curve_svg import Mark, draw
 from stages._intervals import WANTED, clopper_pearson_upper, cluster_auc, cluster_ratio, turns_needed
-from stages._policy import SCORE, parse_predictions, scored_rows, tuned
+from stages._logistic import ranking
+from stages._policy import SCORE, minutes, parse_predictions, scored_rows, tuned
 from stages._rates import clustered_rate, outcomes, rate
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
 from stages._threshold import Cut, choose, conformal, degenerate, in_words, platt, recalibrated
@@ -82,8 +84,7 @@ def at_policy(rows: pl.DataFrame, params: CalibrateParams) -> dict[str, Any]:
     import numpy as np
 
     rates = {name: clustered_rate(outcome) for name, outcome in outcomes(rows).items()}
-    gold, escalated = (rows["gold_action"] == "escalate").to_numpy(), (rows["action"] == "escalate").fill_null(False).to_numpy()
-    cost = params.cost_missed * (gold & ~escalated) + params.cost_needless * (~gold & escalated)
+    cost = minutes(rows, params.cost_missed, params.cost_needless)
     low, high = cluster_ratio(rows["conversation_id"].to_list(), cost, np.ones(len(cost))) or (None, None)
     return {**rates, "expected_cost": {"value": float(cost.mean()), "cluster_low": low, "cluster_high": high}}
 
@@ -106,14 +107,14 @@ def areas(rows: pl.DataFrame) -> dict[str, Any]:
     """
     from sklearn.metrics import roc_auc_score
 
-    points = curve(rows)
-    if not points:
-        return dict.fromkeys(("value", "cluster_low", "cluster_high", "partial_at_5_percent", "recall_at_5_percent"))
     handoff, scores = (rows["gold_action"] == "escalate").to_numpy(), rows[SCORE].to_numpy()
+    of = ranking(scores, handoff)
+    if not of:
+        return dict.fromkeys(("value", "cluster_low", "cluster_high", "partial_at_5_percent", "recall_at_5_percent"))
     low, high = cluster_auc(rows["conversation_id"].to_list(), scores, handoff) or (None, None)
-    return {"value": float(roc_auc_score(handoff, scores)), "cluster_low": low, "cluster_high": high,
+    return {"value": of["auc"], "cluster_low": low, "cluster_high": high,
             "partial_at_5_percent": float(roc_auc_score(handoff, scores, max_fpr=0.05)),
-            "recall_at_5_percent": max(recall for over, recall in points if over <= 0.05)}
+            "recall_at_5_percent": of["recall_at_5_percent"]}
 
 
 def reliability(scores: Any, handoff: Any) -> list[dict[str, Any]]:
@@ -150,15 +151,20 @@ def measured(rows: pl.DataFrame, point: Point, params: CalibrateParams, with_pla
 
 
 def worst(by_company: dict[str, dict[str, Any]], model: str) -> dict[str, Any]:
-    """The company with the lowest recall at the threshold, and the one with the highest over-escalation."""
+    """For recall, over-escalation and cost the company where it is worst at the threshold: the figure there, and as the model decodes (`plain`)."""
     def share(company: str, name: str, without_turns: float) -> float:
         found = by_company[company][model]["at_threshold"][name]
         return found["k"] / found["n"] if found["n"] else without_turns
 
-    lowest = min(by_company, key=lambda company: share(company, "escalate_recall", 2.0))
-    highest = max(by_company, key=lambda company: share(company, "over_escalation", -1.0))
-    return {"escalate_recall": {"company": lowest, **by_company[lowest][model]["at_threshold"]["escalate_recall"]},
-            "over_escalation": {"company": highest, **by_company[highest][model]["at_threshold"]["over_escalation"]}}
+    chosen = {
+        "escalate_recall": min(by_company, key=lambda company: share(company, "escalate_recall", 2.0)),
+        "over_escalation": max(by_company, key=lambda company: share(company, "over_escalation", -1.0)),
+        "expected_cost": max(by_company, key=lambda company: by_company[company][model]["at_threshold"]["expected_cost"]["value"])}
+    found = {}
+    for name, company in chosen.items():
+        of = by_company[company][model]
+        found[name] = {"company": company, **of["at_threshold"][name], **({"plain": of["plain"][name]} if "plain" in of else {})}
+    return found
 
 
 def warnings_of(points: dict[str, Point], by_company: dict[str, dict[str, Any]], params: CalibrateParams) -> list[str]:

@@ -111,9 +111,9 @@ def compare(a: Side, b: Side, with_judge: bool = True) -> tuple[list[dict[str, A
     models = sorted(set(left["model"]) & set(right["model"]), reverse=True)
     left, right = (rows.filter(pl.col("model").is_in(models)) for rows in (left, right))
     same_turns(a, b, left, right)
-    if a.policy is b.policy is Policy.PLAIN:
-        same_grader(a, b, left, right)
-    if with_judge:
+    same_grader(a.rev, b.rev)
+    judge_counts = with_judge and a.policy is b.policy is Policy.PLAIN
+    if judge_counts:
         same_judge(a, b)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -123,7 +123,7 @@ def compare(a: Side, b: Side, with_judge: bool = True) -> tuple[list[dict[str, A
             notes.append("base: the same steps on both sides, not shown")
             continue
         found = exact(mine, other)
-        if with_judge and a.policy is b.policy is Policy.PLAIN:
+        if judge_counts:
             try:
                 for company, pair in judged(a, b, model).items():
                     found[company]["acceptable"] = pair
@@ -132,7 +132,7 @@ def compare(a: Side, b: Side, with_judge: bool = True) -> tuple[list[dict[str, A
         rows += [{"company": company, "model": model, "rate": name, **asdict(pair)}
                  for company, rates in found.items() for name, pair in rates.items()]
         notes += too_few(found[POOLED], model)
-    if with_judge and not a.policy is b.policy is Policy.PLAIN:
+    if with_judge and not judge_counts:
         notes.append("acceptable is not compared: the judge saw what the models decoded, not what the threshold makes of it")
     return rows, notes
 

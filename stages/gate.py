@@ -3,9 +3,9 @@
     python -m stages.gate [--base REV] [--format plain|markdown|json]
 
 Exit code 0 if every rule passes, else 1. What is judged is what ships, the student under its threshold; what it does without
-stands beside. A rule on a limit passes only if the whole 95 % interval is on the right side, fails only if all of it is on the
-wrong one, and otherwise cannot tell, which fails unless `cannot_tell_passes`. The wider of the Wilson interval and the one
-that draws whole conversations counts. No rule is about `acceptable`: a judge lets a needless hand-off pass.
+stands beside. A rule passes only if the whole 95 % interval is on the right side, fails only if all of it is on the wrong one,
+and otherwise cannot tell, which fails unless `cannot_tell_passes`. Of a rate, the wider of the Wilson interval and the one that
+draws whole conversations counts. No rule is about `acceptable`: a judge lets a needless hand-off pass.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from schemas.errors import InputError
 from schemas.operating import Policy
-from stages._intervals import cluster_ratio, wilson
+from stages._intervals import cluster_ratio
+from stages._policy import minutes
 from stages._rates import outcomes
-from stages._revisions import OPERATING_POINT, WORKSPACE, Side, predictions, read_json, read_revision, same_turns
+from stages._revisions import OPERATING_POINT, WORKSPACE, Side, has_file, predictions, read_json, same_turns
 from stages._show import markdown, plain
 from stages._stage import Params, load_params, run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import polars as pl
 
 DETAIL = Path("metrics/calibrate_detail.json")
@@ -37,6 +42,7 @@ PASS, FAIL, CANNOT_TELL, SKIPPED = "pass", "fail", "cannot tell", "skipped"
 WORST_FIRST = (FAIL, CANNOT_TELL, PASS)
 POOLED = "pooled"
 MOST_TURNS = 1_000_000
+Z95 = NormalDist().inv_cdf(0.975)
 
 
 class GateParams(Params):
@@ -45,8 +51,8 @@ class GateParams(Params):
     min_recall: float = Field(ge=0, le=1, description="of the lower limit of escalation recall, in the worst company")
     max_over_escalation: float = Field(ge=0, le=1, description="of the upper limit, in the worst company")
     max_cost_increase: float = Field(ge=0, description="minutes a turn, of the upper limit of the increase over the base revision")
-    min_valid_output: float = Field(ge=0, le=1, description="in the worst company")
-    max_unscored: float = Field(ge=0, le=1, description="in the worst company")
+    min_valid_output: float = Field(ge=0, le=1, description="of the lower limit, in the worst company")
+    max_unscored: float = Field(ge=0, le=1, description="of the upper limit, in the worst company")
     cannot_tell_passes: bool
 
 
@@ -69,33 +75,50 @@ def limits(rate: dict[str, Any]) -> tuple[float, float]:
     return min(lows), max(highs)
 
 
-def more_turns(k: int, n: int, limit: float) -> int | None:
-    """How many more turns, hit at the same rate, put the whole Wilson interval on one side of `limit`; None if no number within reason does."""
-    if not n or k / n == limit:
+def more_turns(rate: dict[str, Any], limit: float) -> int | None:
+    """About how many more turns, hit at the same rate, put the whole interval on one side of `limit`; None if no number within reason does.
+
+    The Wilson interval of n turns with the share p ends at the limit where n = z² limit (1 - limit) / (p - limit)². Where drawing
+    whole conversations makes the interval wider, a turn tells less: n is multiplied by the design effect (Kish 1965, "Survey
+    Sampling"), the squared ratio of the two half-widths, each from p to the interval's end on the side of the limit.
+    """
+    if not rate["n"] or (share := rate["k"] / rate["n"]) == limit:
         return None
-
-    def decided(total: int) -> bool:
-        low, high = wilson(round(k / n * total), total)
-        return not low < limit < high
-
-    enough = n
-    while not decided(enough):
-        enough *= 2
-        if enough > MOST_TURNS:
-            return None
-    short = enough // 2
-    while enough - short > 1:
-        middle = (short + enough) // 2
-        short, enough = (short, middle) if decided(middle) else (middle, enough)
-    return max(1, enough - n)
+    end = int(limit > share)
+    wilson, wider = (rate["low"], rate["high"])[end], limits(rate)[end]
+    effect = ((wider - share) / (wilson - share)) ** 2
+    return _within_reason(effect * Z95**2 * limit * (1 - limit) / (share - limit) ** 2, rate["n"])
 
 
-def limit_rule(name: str, by_company: dict[str, Any], limit: float, at_least: bool, turns: str) -> Verdict:
-    """A rule on the interval of a rate at the threshold, in the company where it stands worst."""
+def more_turns_of_mean(value: float, low: float, high: float, n: int, limit: float) -> int | None:
+    """The same for the interval (low, high) of a mean over n turns: it shrinks towards `value` with the square root of n."""
+    if value == limit:
+        return None
+    return _within_reason(n * (((low, high)[int(limit > value)] - value) / (limit - value)) ** 2, n)
+
+
+def _within_reason(needed: float, n: int) -> int | None:
+    return max(1, ceil(needed) - n) if needed <= MOST_TURNS else None
+
+
+def why_not(more: int | None, turns: str) -> str:
+    """What it takes to tell."""
+    return f"needs about {more} more {turns}" if more else f"no number of {turns} would tell: there are none, or the value is too close to the limit"
+
+
+def limit_rule(name: str, by_company: dict[str, tuple[dict[str, Any], dict[str, Any]]], limit: float, at_least: bool, turns: str) -> Verdict:
+    """A rule on the interval of a rate, in the company where it stands worst.
+
+    Args:
+        name: of the rate.
+        by_company: the rate as it ships, and as the model decodes.
+        limit: what the lower limit must reach, or the upper one keep to.
+        at_least: which of the two.
+        turns: what the rate is a share of.
+    """
     rule, wanted = f"{name}, {'lower' if at_least else 'upper'} limit, worst company", f"{'≥' if at_least else '≤'} {100 * limit:.1f} %"
     found = []
-    for company, of in by_company.items():
-        at = of["at_threshold"][name]
+    for company, (at, plain_rate) in by_company.items():
         low, high = limits(at)
         why = ""
         if (low >= limit) if at_least else (high <= limit):
@@ -103,46 +126,25 @@ def limit_rule(name: str, by_company: dict[str, Any], limit: float, at_least: bo
         elif (high < limit) if at_least else (low > limit):
             verdict = FAIL
         else:
-            verdict = CANNOT_TELL
-            more = more_turns(at["k"], at["n"], limit)
-            why = f"needs about {more} more {turns} turns" if more else f"{turns} turns: none, or the value is too close to the limit for any number"
+            verdict, why = CANNOT_TELL, why_not(more_turns(at, limit), turns)
         found.append((WORST_FIRST.index(verdict), low if at_least else -high, Verdict(
-            rule, wanted, f"{_share(at)} {company}", _interval(low, high), _share(of["plain"][name]), verdict, why)))
+            rule, wanted, f"{_share(at)} {company}", _interval(low, high), _share(plain_rate), verdict, why)))
     return min(found, key=lambda entry: entry[:2])[2]
 
 
-def value_rule(name: str, rates: dict[str, dict[str, Any]], limit: float, at_least: bool) -> Verdict:
-    """A rule on a share as it is, in the worst company; no threshold touches it."""
-    shares = {company: rate["k"] / rate["n"] for company, rate in rates.items() if rate["n"]}
-    if not shares:
-        return Verdict(f"{name}, worst company", "", "–", "–", "–", CANNOT_TELL, "there are no turns")
-    company = (min if at_least else max)(shares, key=lambda slug: shares[slug])
-    passes = shares[company] >= limit if at_least else shares[company] <= limit
-    found = _share(rates[company])
-    return Verdict(f"{name}, worst company", f"{'≥' if at_least else '≤'} {100 * limit:.1f} %", f"{found} {company}",
-                   _interval(*limits(rates[company])), found, PASS if passes else FAIL)
-
-
-def minutes(rows: pl.DataFrame, costs: dict[str, float]) -> Any:
-    """What the action at each turn costs, in minutes: array (n,), in order of the turns."""
-    rows = rows.sort("company", "conversation_id", "index")
-    gold, escalated = (rows["gold_action"] == "escalate").to_numpy(), (rows["action"] == "escalate").fill_null(False).to_numpy()
-    return costs["missed_minutes"] * (gold & ~escalated) + costs["needless_minutes"] * (~gold & escalated)
-
-
 def student(side: Side) -> pl.DataFrame:
-    """The student's rows on one side."""
+    """The student's rows on one side, in order of the turns."""
     rows = predictions(side)
-    return rows.filter(rows["model"] == "student")
+    return rows.filter(rows["model"] == "student").sort("company", "conversation_id", "index")
 
 
 def what_ships(rev: str) -> Side:
-    """A revision under its threshold, or plain where it was made before there was one."""
-    try:
-        read_revision(OPERATING_POINT, rev)
-    except InputError:
-        return Side(rev, Policy.PLAIN)
-    return Side(rev, Policy.TUNED)
+    """A revision under its threshold, or plain where it was made before there was one.
+
+    Raises:
+        InputError: there is no such revision.
+    """
+    return Side(rev, Policy.TUNED if has_file(OPERATING_POINT, rev) else Policy.PLAIN)
 
 
 def cost_rule(base: str | None, limit: float, costs: dict[str, float]) -> Verdict:
@@ -157,12 +159,16 @@ def cost_rule(base: str | None, limit: float, costs: dict[str, float]) -> Verdic
     old, new = what_ships(base), Side(WORKSPACE, Policy.TUNED)
     rows_old, rows_new = student(old), student(new)
     same_turns(old, new, rows_old, rows_new)
-    before, after, without = (minutes(rows, costs) for rows in (rows_old, rows_new, student(Side(WORKSPACE, Policy.PLAIN))))
-    low, high = cluster_ratio(rows_new.sort("company", "conversation_id", "index")["conversation_id"].to_list(), after - before,
-                              [1.0] * len(after)) or (0.0, 0.0)
+    before, after, without = (minutes(rows, costs["missed_minutes"], costs["needless_minutes"])
+                              for rows in (rows_old, rows_new, student(Side(WORKSPACE, Policy.PLAIN))))
+    interval = cluster_ratio(rows_new["conversation_id"].to_list(), after - before, [1.0] * len(after))
+    if interval is None:
+        return Verdict(rule, wanted, "–", "–", "–", CANNOT_TELL, "there are no turns")
+    (low, high), increase = interval, float((after - before).mean())
     verdict = PASS if high <= limit else FAIL if low > limit else CANNOT_TELL
-    return Verdict(rule, wanted, f"{(after - before).mean():+.2f} min against {old}", f"{low:+.2f} to {high:+.2f}",
-                   f"{(without - before).mean():+.2f} min", verdict, "needs more turns" if verdict == CANNOT_TELL else "")
+    why = why_not(more_turns_of_mean(increase, low, high, len(after), limit), "turns") if verdict == CANNOT_TELL else ""
+    return Verdict(rule, wanted, f"{increase:+.2f} min against {old}", f"{low:+.2f} to {high:+.2f}", f"{(without - before).mean():+.2f} min",
+                   verdict, why)
 
 
 def check_detail(detail: dict[str, Any]) -> None:
@@ -181,15 +187,39 @@ def check_detail(detail: dict[str, Any]) -> None:
                                  f"{int(outcome['hit'].sum())}/{len(outcome)}", "dvc repro calibrate")
 
 
+def counted(path: Path, content: dict[str, Any], companies: Iterable[str], name: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """company -> the student's rate from a file of counts, twice: no threshold touches it.
+
+    Raises:
+        InputError: the file is of other companies.
+    """
+    found = {}
+    for company in companies:
+        if company not in content:
+            raise InputError(f"{path} has no {company}, which {DETAIL} has: it is of an earlier choice of held-out companies",
+                             f"dvc repro {path.stem.removesuffix('_counts')}")
+        rate = content[company]["student"][name]
+        found[company] = rate, rate
+    return found
+
+
 def judge_rules(params: GateParams, detail: dict[str, Any], exact: dict[str, Any], judge: dict[str, Any], base: str | None) -> list[Verdict]:
-    """Every rule's verdict, in the order of params.yaml."""
-    by_company = {company: models["student"] for company, models in detail["held_out"].items() if company != POOLED}
+    """Every rule's verdict, in the order of params.yaml.
+
+    Raises:
+        InputError: the files are of different companies, or the base revision cannot be compared with.
+    """
+    student_of = {company: models["student"] for company, models in detail["held_out"].items() if company != POOLED}
+
+    def acting(name: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+        return {company: (of["at_threshold"][name], of["plain"][name]) for company, of in student_of.items()}
+
     return [
-        limit_rule("escalate_recall", by_company, params.min_recall, True, "hand-off"),
-        limit_rule("over_escalation", by_company, params.max_over_escalation, False, "other"),
+        limit_rule("escalate_recall", acting("escalate_recall"), params.min_recall, True, "hand-off turns"),
+        limit_rule("over_escalation", acting("over_escalation"), params.max_over_escalation, False, "other turns"),
         cost_rule(base, params.max_cost_increase, detail["costs"]),
-        value_rule("valid_output", {company: exact[company]["student"]["valid_output"] for company in by_company}, params.min_valid_output, True),
-        value_rule("unscored", {company: judge[company]["student"]["unscored"] for company in by_company}, params.max_unscored, False)]
+        limit_rule("valid_output", counted(EXACT, exact, student_of, "valid_output"), params.min_valid_output, True, "turns"),
+        limit_rule("unscored", counted(JUDGE, judge, student_of, "unscored"), params.max_unscored, False, "turns")]
 
 
 def passes(verdicts: list[Verdict], params: GateParams) -> bool:

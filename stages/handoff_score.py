@@ -122,12 +122,12 @@ def main() -> None:
 
     params, student = load_params("handoff_score", HandoffScoreParams), load_params("student", StudentParams)
     tables = {split: read_table(path, Verified) for split, path in (("train", TRAIN), ("calibration", CALIBRATION), ("held_out", HELD_OUT))}
+    turns = {split: heard(table, split) for split, table in tables.items()}
 
     import torch
 
     encoder = Encoder(load_tokenizer(student))
     model = load_base(student).eval()
-    turns = {split: heard(table) for split, table in tables.items()}
     started = time.monotonic()
     with torch.inference_mode():
         states = {split: states_of(turns[split], prompt_states(encode_table(table, encoder), model, params.layer, f"hand-off score: {split}"))

@@ -25,6 +25,8 @@ COLUMNS = {"action_accuracy": "action accuracy", "escalate_recall": "escalation 
 NOTE = ("valid output is measured free-running; base's other figures are decoded under the JSON schema, the student's free-running. "
         "Teacher: {teacher}. Judge: {judge}.")
 
+SHARED = "Base and student share one hand-off score: the same area under the curve (AUC), and the same turns handed off at the threshold."
+
 
 def rows(exact: dict[str, Any], judge: dict[str, Any]) -> list[list[str]]:
     """Header and one row for every company and model; every rate as percent and k/n."""
@@ -53,6 +55,11 @@ def operating_rows(detail: dict[str, Any]) -> list[list[str]]:
     return table
 
 
+def shared_score(detail: dict[str, Any]) -> bool:
+    """Whether base and student have the same score, as they do unless the revision is an old one."""
+    return all(of["base"]["auc"] == of["student"]["auc"] for of in detail["held_out"].values())
+
+
 def _policy(figures: dict[str, Any]) -> list[str]:
     return [_show(figures["escalate_recall"]), _show(figures["over_escalation"]), f"{figures['expected_cost']['value']:.2f}"]
 
@@ -77,6 +84,8 @@ def main() -> None:
     print(f"\n{show(operating_rows(detail))}")
     print(f"{detail['rule']} Costs in minutes are assumed: {detail['costs']['missed_minutes']:g} for a missed hand-off, "
           f"{detail['costs']['needless_minutes']:g} for a needless one.")
+    if shared_score(detail):
+        print(SHARED)
 
 
 if __name__ == "__main__":

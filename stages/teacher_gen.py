@@ -26,7 +26,7 @@ from tqdm import tqdm
 from agent.endpoint import Endpoint, EndpointParams, open_endpoints
 from agent.kb import KnowledgeBase
 from agent.loop import Transcript, converse
-from agent.spend import Spend, Usage
+from agent.spend import Spend
 from agent.world import World
 from schemas.company import Company, Scenario
 from schemas.recorded import Recorded, RecordedGenMetrics, Source
@@ -151,7 +151,7 @@ def _rows(company: Company, scenario: Scenario, attempt: int, teacher: EndpointP
     return [
         {**common, "index": index, "role": message.role.value, "content": message.content, **asdict(cost)}
         for index, (message, cost) in enumerate(zip(transcript.messages, transcript.costs, strict=True))
-    ] or [{**common, "index": 0, "role": "customer", "content": "", **asdict(Usage())}]
+    ] or [{**common, "index": 0, "role": "customer", "content": "", **asdict(transcript.unplaced)}]
 
 
 def teacher_name(endpoint: EndpointParams) -> str:
@@ -193,7 +193,7 @@ def main() -> None:
     write_table(TRACES, frame, Traces)
     write_table(RECORDED, Logs().table(), Recorded)
     agent = frame.filter(pl.col("role") == "agent")
-    metrics = {
+    metrics: dict[str, Any] = {
         "teacher": teacher_name(params.teacher),
         "customer": teacher_name(params.customer),
         "scenarios_per_company": data.scenarios_per_company,

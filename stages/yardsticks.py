@@ -80,7 +80,7 @@ def main() -> None:
     import polars as pl
 
     folder = model_folder()
-    turns = {name: heard(read_table(path, Verified)) for name, path in (("train", TRAIN), ("calibration", CALIBRATION), ("held_out", HELD_OUT))}
+    turns = {name: heard(read_table(path, Verified), name) for name, path in (("train", TRAIN), ("calibration", CALIBRATION), ("held_out", HELD_OUT))}
     handoff = {name: (part["gold_action"] == "escalate").to_numpy() for name, part in turns.items()}
     companies = turns["train"]["company"].to_numpy()
     texts = {name: part["said"].list.join("\n").to_numpy() for name, part in turns.items()}

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 import yaml
 
+from stages._rates import rate
 from stages._stage import run
 from tests.helpers import PARAMS, inside
 
@@ -33,11 +34,11 @@ def scores(table, strength=2.0, seed=0):
 
 
 def predictions(table=None, action="reply", seed=0, strength=2.0, models=("base", "student")):
-    """A Predictions table in which the models take one action everywhere; base is decoded both ways."""
+    """A Predictions table in which the models, which share the score, take one action everywhere; base is decoded both ways."""
     table = turns() if table is None else table
     parts = []
     for model in models:
-        scored = table.with_columns(scores(table, strength, seed + len(model)), model=pl.lit(model))
+        scored = table.with_columns(scores(table, strength, seed + len("student")), model=pl.lit(model))
         parts += [scored.with_columns(decoding=pl.lit(way)) for way in (("free", "schema") if model == "base" else ("free",))]
     return with_action(pl.concat(parts), pl.lit(action))
 
@@ -79,11 +80,6 @@ def lay_out(folder, rows=None, calibrated=None, **sections):
     yardsticks(rows.filter(pl.col("model") == "student").select("company", "conversation_id", "index", "gold_action")).write_parquet(
         folder / "data/yardsticks/scores.parquet")
     put_counts(folder, rows)
-
-
-def rate(k, n):
-    """A rate of the counts files."""
-    return {"k": k, "n": n, "low": 0.0, "high": 1.0}
 
 
 def put_counts(folder, rows, judge="simulator", unscored=0, acceptable=1.0, valid=1.0):

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from schemas.operating import OperatingPoint, Rule
-from stages._policy import tuned
+from stages._policy import minutes, tuned
 from stages._threshold import choose, conformal, cuts, degenerate, in_words, platt, recalibrated
 from tests.deciding import calibration, command, lay_out, predictions, turns, with_action
 from tests.helpers import PARAMS
@@ -85,6 +85,12 @@ def test_below_the_threshold_a_handoff_becomes_the_models_other_action():
     assert tuned(rows, None)["action"].to_list() == ["reply", None, "reply", "search_kb", "clarify", None, "reply"]
 
 
+def test_a_missed_and_a_needless_hand_off_cost_their_minutes_and_no_valid_step_is_no_hand_off():
+    rows = pl.DataFrame({"gold_action": ["escalate", "escalate", "escalate", "reply", "reply", "reply"],
+                         "action": ["escalate", "reply", None, "escalate", "clarify", None]})
+    assert minutes(rows, 60, 5).tolist() == [0, 60, 60, 5, 0, 0]
+
+
 def test_altering_held_out_rows_leaves_the_operating_point_byte_for_byte(work, tmp_path):
     """Other scores, other gold steps, other actions, another yardstick: the threshold has seen none of it."""
     other = with_action(predictions(turns(handoff_every=3), seed=99, strength=0.0), pl.lit("escalate"))
@@ -125,10 +131,31 @@ def test_the_figures_are_those_of_what_acts(work):
     assert set(short) == {"threshold", "rule", "north", "south"} and "plain" not in short["north"]["embedding"]
 
 
-def test_the_worst_company_is_named(work):
-    held_out, worst = detail(work[0])["held_out"], detail(work[0])["worst_company"]["student"]
-    shares = {company: of["student"]["at_threshold"]["escalate_recall"]["k"] for company, of in held_out.items() if company != "pooled"}
-    assert worst["escalate_recall"]["k"] == min(shares.values()) and shares[worst["escalate_recall"]["company"]] == min(shares.values())
+@pytest.mark.parametrize("model", ["base", "student", "bag_of_words", "embedding"])
+@pytest.mark.parametrize("name, value, worst_of", [("escalate_recall", "k", min), ("over_escalation", "k", max), ("expected_cost", "value", max)])
+def test_the_worst_company_is_named_with_its_figure_before_and_after(work, model, name, value, worst_of):
+    worst = detail(work[0])["worst_company"][model][name]
+    by_company = {company: of[model] for company, of in detail(work[0])["held_out"].items() if company != "pooled"}
+    assert worst[value] == worst_of(of["at_threshold"][name][value] for of in by_company.values())
+    there = by_company[worst.pop("company")]
+    assert worst.pop("plain", None) == there.get("plain", {}).get(name) and worst == there["at_threshold"][name]
+
+
+def test_base_and_student_share_the_score_and_so_what_the_threshold_hands_off(work):
+    for of in detail(work[0])["held_out"].values():
+        base, student = of["base"], of["student"]
+        assert (base["auc"], base["brier"], base["miss_rate"]) == (student["auc"], student["brier"], student["miss_rate"])
+        assert all(base["at_threshold"][name] == student["at_threshold"][name] for name in ("escalate_recall", "over_escalation", "expected_cost"))
+
+
+def test_the_area_and_the_recall_at_5_percent_are_those_of_counting(work):
+    scored = pl.read_parquet(work[0] / "data/yardsticks/scores.parquet").filter(split="held_out", company="north", model="bag_of_words")
+    gold = (scored["gold_action"] == "escalate").to_numpy()
+    handoffs, others = (scored["p_escalate"].to_numpy()[part] for part in (gold, ~gold))
+    auc = detail(work[0])["held_out"]["north"]["bag_of_words"]["auc"]
+    assert auc["value"] == pytest.approx((handoffs[:, None] > others).mean(), abs=1e-4)
+    most = max((handoffs > cut).mean() for cut in others if (others > cut).mean() <= 0.05)
+    assert auc["recall_at_5_percent"] == pytest.approx(most, abs=1e-4)
 
 
 def test_too_few_turns_are_said_on_stdout_and_in_the_file(work):

@@ -141,7 +141,9 @@ def test_the_workspace_is_a_revision(clone):
 
 @pytest.mark.parametrize("a, b, error, hint", [
     ("v2", "other-turns", "6 turns of other-turns are not in v2", "the same data"), ("v2", "other-judge", "was judged by 'simulator'", "--no-judge"),
-    ("v2", "other-grader", "equal texts are read as different steps", "eval_exact"), ("v2", "v9", "no revision 'v9'", "git log"),
+    ("v2", "other-grader", "equal texts are read as different steps", "eval_exact"),
+    ("v2:tuned", "other-grader:tuned", "equal texts are read as different steps", "eval_exact"),
+    ("v2", "other-grader:tuned", "equal texts are read as different steps", "eval_exact"), ("v2", "v9", "no revision 'v9'", "git log"),
     ("v1", "workspace", "does not exist in the workspace", "dvc pull"), ("v2", "v2:loud", "no side of a comparison", "REV:tuned")])
 def test_what_cannot_be_compared_is_refused_with_a_hint(repository, a, b, error, hint):
     said = refused(repository, a, b)
@@ -151,6 +153,12 @@ def test_what_cannot_be_compared_is_refused_with_a_hint(repository, a, b, error,
 def test_two_judges_can_be_left_out(repository):
     rows, _ = rows_of(repository, "v2", "other-judge", "--no-judge")
     assert not [key for key in rows if key[2] == "acceptable"]
+
+
+def test_two_judges_are_no_matter_where_no_verdict_is_compared(repository):
+    rows, notes = rows_of(repository, "v2:tuned", "other-judge:tuned")
+    assert rows["pooled", "student", "escalate_recall"]["n"] == 40 and not [key for key in rows if key[2] == "acceptable"]
+    assert any(note.startswith("acceptable is not compared") for note in notes)
 
 
 def test_other_conversations_around_the_same_turns_are_refused(repository, tmp_path):

@@ -59,7 +59,8 @@ def test_an_edited_parameter_reruns_what_it_must_and_no_more(param, reached):
     ("stages/oversample.py", {"oversample"} | STUDENT),
     ("agent/endpoint.py", {"teacher_gen", "verify", "oversample", "handoff_score", "predict_base", "yardsticks"} | STUDENT),
     ("agent/decode.py", {"handoff_score", "predict_base", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
-    ("stages/_threshold.py", {"calibrate"}), ("stages/_bag_of_words.py", {"corpus", "yardsticks", "calibrate"}),
+    ("stages/_threshold.py", {"calibrate"}),
+    ("stages/_bag_of_words.py", {"corpus", "handoff_score", "yardsticks", "eval_exact", "eval_judge", "calibrate"}),
 ])
 def test_an_edited_file_reruns_what_it_must_and_no_more(file, reached):
     assert downstream({name for name, stage in STAGES.items() if file in names(stage["deps"])}) == reached | LAST

@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import itertools
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from agent import endpoint
 from agent.endpoint import EndpointParams, open_endpoints
 from agent.protocol import DONE
 from agent.responses import Completion, Responses
-from agent.spend import EndpointFailure, Spend
+from agent.spend import EndpointFailure, Spend, Stopped
 from agent.wire import retry_after
 from schemas.action import action_json_schema
 from schemas.errors import InputError
@@ -92,7 +93,7 @@ def test_a_fault_that_passes_changes_nothing(clean, fault):
 def test_an_answer_that_does_not_end_is_cut_off_and_asked_for_again(clean, fault):
     with hostile(PLAYER, lambda request, nth: fault if nth == 0 and len(request["messages"]) == 2 else OK) as server:
         began = time.monotonic()
-        assert held(server.url, timeout_s=1.5) == clean[0] and time.monotonic() - began < 30
+        assert held(server.url, timeout_s=3.0) == clean[0] and time.monotonic() - began < 60
         assert server.count(fault) == 8, "once for teacher and customer of each conversation"
 
 
@@ -103,7 +104,8 @@ def test_a_slow_start_is_waited_for(clean):
         assert held(server.url) == clean[0] and server.count("503") > 1
 
 
-OPENING = GYM["gym"].scenarios[0].turns[0].customer
+BAD = GYM["gym"].scenarios[-1]
+OPENING = BAD.turns[0].customer
 
 
 @pytest.mark.parametrize("fault, failure", [
@@ -117,9 +119,9 @@ def test_a_conversation_that_cannot_be_held_is_a_failure_of_the_endpoint_and_is_
     with hostile(PLAYER, bad) as server:
         rows = held(server.url, timeout_s=timeout_s)
         failed = [row for row in rows if row["failure"]]
-        assert {row["scenario"] for row in failed} == {GYM["gym"].scenarios[0].id} and {row["failure"] for row in failed} == {failure}
+        assert {row["scenario"] for row in failed} == {BAD.id} and {row["failure"] for row in failed} == {failure}
         others = [row for row in rows if not row["failure"]]
-        assert others == [row for row in clean[0] if row["scenario"] != GYM["gym"].scenarios[0].id], "the others went on"
+        assert others == [row for row in clean[0] if row["scenario"] != BAD.id], "the others went on"
         answered = {server.digest(request) for _, found, request, _ in server.log if found == OK}
         before, server.fault = len(server.log), lambda *_: OK
         assert held(server.url, timeout_s=timeout_s) == clean[0]
@@ -142,11 +144,12 @@ def test_an_answer_that_is_cut_at_max_tokens_is_the_models_own(capsys):
     ((404, {}, "{}"), "does not serve the model 'paid'", "params.yaml", 16), ((402, {}, "{}"), "wants to be paid", "top up", 16),
     ((429, {"retry-after": "3600"}, "{}"), "asks to wait 3600 s", "run again", 16),
     ("500", "no usable answer to 3 calls in a row, the last time: HTTP 500", "run again", 80),
-    ((400, {}, '{"error": {"message": "temperature must be 1"}}'), r"HTTP 400 \(temperature must be 1\)", "run again", 16)])
+    ((400, {}, '{"error": {"message": "temperature must be 1"}}'), r"HTTP 400 \(temperature must be 1\)", "run again", 16),
+    ("hang", "gave no answer within 1 s to 2 tries", "timeout_s", 2)])
 def test_an_endpoint_that_cannot_work_stops_the_run_with_one_sentence(tmp_path, fault, message, hint, most):
     (tmp_path / "data/teacher_gen").mkdir(parents=True)
     with hostile(PLAYER, lambda *_: fault) as server, pytest.raises(InputError, match=message) as error:
-        held(server.url)
+        held(server.url, timeout_s=1.0 if fault == "hang" else 60.0)
     assert hint in error.value.hint and 0 < len(server.log) <= most
 
 
@@ -156,14 +159,17 @@ def test_a_server_that_is_not_there_stops_the_run(monkeypatch):
         held(closed_port())
 
 
-def test_a_server_that_goes_down_stops_the_run_and_what_came_before_is_kept(clean, monkeypatch):
+@pytest.mark.parametrize("fault, message, again", [
+    ("500", "no usable answer to 8 calls in a row", "no usable answer to 3 calls in a row"), ((403, {}, "{}"), *["refuses the key"] * 2)])
+def test_a_server_that_goes_down_stops_the_run_and_what_came_before_is_kept(monkeypatch, fault, message, again):
     monkeypatch.setattr(endpoint, "TRIES", 2)
     companies = {"gym": real("gym").model_copy(update={"scenarios": real("gym").scenarios[-20:]})}
     player, served = Player(companies, Rates(**FLAWLESS)).answer, []
-    with hostile(player, lambda *_: OK if len(served) < 30 and not served.append(0) else "500") as server:
-        with pytest.raises(InputError, match="no usable answer to 8 calls in a row"):
-            held(server.url, companies)
-        assert server.count("500") <= 2 * (8 + 32)
+    with hostile(player, lambda *_: OK if len(served) < 30 and not served.append(0) else fault) as server:
+        for stops in (message, again):  # the second time, all that was answered comes from the cache
+            with pytest.raises(InputError, match=stops):
+                held(server.url, companies)
+        assert server.count(fault) <= 2 * 2 * (8 + 32)
         server.fault = lambda *_: OK
         held(server.url, companies)
         answered = [server.digest(request) for _, fault, request, _ in server.log if fault == OK]
@@ -173,8 +179,8 @@ def test_a_server_that_goes_down_stops_the_run_and_what_came_before_is_kept(clea
 def test_conversations_that_the_server_refuses_do_not_stop_a_run_that_has_others(monkeypatch):
     chats = [[{"role": "user", "content": f"bad {number}"}] for number in range(20)]
     with hostile(lambda *_: "fine", lambda request, _: (400, {}, "{}") if "bad" in request["messages"][0]["content"] else OK) as server:
-        answers = ask(server.url, [HELLO, *chats])
-    assert answers[0].text == "fine" and all(type(answer) is EndpointFailure for answer in answers[1:]), "none was stopped"
+        for answers in (ask(server.url, [HELLO, *chats]), ask(server.url, [HELLO, *chats])):
+            assert answers[0].text == "fine" and all(type(answer) is EndpointFailure for answer in answers[1:]), "none was stopped"
 
 
 def test_the_limit_follows_what_the_server_can_take():
@@ -194,6 +200,16 @@ def test_retry_after_is_kept_by_all_calls(header):
         ask(server.url, [[{"role": "user", "content": str(number)}] for number in range(6)], max_concurrency=1)
     arrivals = [at for at, *_ in server.log]
     assert arrivals[2] - arrivals[1] > 0.9 and len(server.log) == 7
+
+
+def test_a_stage_that_is_stopped_does_not_wait_first():
+    chats = [[{"role": "user", "content": text}] for text in ("hello", "wait", "key")]
+    faults = {"wait": (429, {"retry-after": "250"}, "{}"), "key": (401, {}, "{}")}
+    began = time.monotonic()
+    with hostile(lambda *_: "fine", lambda request, _: faults.get(request["messages"][0]["content"], OK), delay_s=0.3) as server:
+        answers = ask(server.url, chats)
+        assert answers[0].text == "fine" and [type(answer) for answer in answers[1:]] == [Stopped] * 2 and len(server.log) == 3
+    assert time.monotonic() - began < 100
 
 
 @pytest.mark.parametrize("header, wait_s", [(None, None), ("", None), ("soon", None), ("nan", None), ("-3", 0.0), ("2.5", 2.5), ("inf", None)])
@@ -219,6 +235,30 @@ def test_a_change_pays_for_the_difference_only():
     assert {row["attempt"] for row in rows[3]} > {0}
 
 
+def revised(company, name):
+    """The company, with more to say at the end of an article."""
+    more = lambda article: article.model_copy(update={"paragraphs": [*article.paragraphs[:-1], article.paragraphs[-1] + " Revised."]})  # noqa: E731
+    return company.model_copy(update={"articles": [more(article) if article.id == name else article for article in company.articles]})
+
+
+def test_an_article_that_changes_and_a_company_that_is_added_pay_for_the_difference_only():
+    gym, travel = (real(slug).model_copy(update={"scenarios": real(slug).scenarios[-6:]}) for slug in ("gym", "travel"))
+    with hostile(Player({"gym": gym, "travel": travel}, Rates(**FLAWLESS)).answer) as server:
+        rows, sent = [], []
+        first = held(server.url, {"gym": gym})
+        read = [{row["scenario"] for row in first if row["role"] == "tool" and article.paragraphs[-1] in row["content"]} for article in gym.articles]
+        name = next(article.id for article, readers in zip(gym.articles, read, strict=True) if 0 < len(readers) < len(gym.scenarios))
+        sent.append(len(server.log))
+        for companies in ({"gym": revised(gym, name)}, {"gym": revised(gym, name), "travel": travel}):
+            rows.append(held(server.url, companies))
+            sent.append(len(server.log))
+        asked = [[request["messages"] for *_, request, _ in server.log[begin:end]] for begin, end in itertools.pairwise(sent)]
+    assert set(server.arrived.values()) == {1} and 0 < len(asked[0]) < sent[0]
+    assert all(any("Revised." in message["content"] for message in messages) for messages in asked[0]), "only who read it"
+    assert asked[1] and all(travel.profile.name in messages[0]["content"] for messages in asked[1]), "only the new company"
+    assert rows[1][: len(rows[0])] == rows[0]
+
+
 @pytest.mark.parametrize("spoil", [
     "UPDATE Cache SET value = substr(value, 1, 20)", "UPDATE Cache SET value = x'00'", "UPDATE Cache SET value = x''",
     "UPDATE Cache SET filename = 'aa/bb/gone.val', mode = 2, value = NULL"])
@@ -233,15 +273,26 @@ def test_an_entry_that_is_damaged_is_dropped_and_asked_for_again(tmp_path, spoil
         assert len(server.log) == 2
 
 
-def test_an_entry_of_another_shape_is_dropped(tmp_path):
+@pytest.mark.parametrize("change, sent", [({"of_a_later_version": 1}, 1), ({"prompt_tokens": "many"}, 2)])
+def test_an_entry_of_another_shape_is_read_if_it_can_be_and_is_not_deleted(tmp_path, change, sent):
     import diskcache
     with hostile(lambda *_: "fine") as server:
         ask(server.url)
         with diskcache.Cache(str(tmp_path / "responses"), disk=diskcache.JSONDisk) as cache:
-            for key in [key for key in cache if not key.startswith("note:")]:
-                cache[key] = {**cache[key], "prompt_tokens": -1}
-        ask(server.url)
-        assert len(server.log) == 2
+            key, = (key for key in cache if not key.startswith("note:"))
+            cache[key] = other = {**cache[key], **change}
+            list((responses := Responses(tmp_path / "responses")).entries())
+            responses.close()
+            assert cache[key] == other
+        assert ask(server.url)[0].text == "fine" and len(server.log) == sent
+
+
+def test_what_was_noted_about_an_endpoint_goes_with_its_last_answer(tmp_path):
+    with hostile(lambda *_: "fine") as server:
+        ask(server.url + "/")
+    responses = Responses(tmp_path / "responses")
+    assert len(responses.prune(lambda _: True)) == 1 and not list(responses._cache)
+    responses.close()
 
 
 def test_a_database_that_is_damaged_is_one_sentence_and_nothing_is_thrown_away(tmp_path):
@@ -300,12 +351,36 @@ def refusing(*fields, status=400):
     return fault
 
 
-def test_a_server_that_takes_a_schema_gets_it_with_every_request():
-    with hostile(lambda *_: STEP) as server:
+def strict_faults(part, root=False):
+    """What OpenAI's strict mode refuses in a schema."""
+    if root and part.get("type") != "object":
+        yield "root objects must not be 'anyOf' and must be an object"
+    if not part.keys() & {"type", "anyOf"}:
+        yield "schema must have a 'type' key"
+    taken = {"type", "anyOf", "properties", "required", "additionalProperties", "const", "enum"}
+    yield from (f"'{name}' is not permitted" for name in part.keys() - taken)
+    if part.get("type") == "object" and (part["required"] != list(part["properties"]) or part["additionalProperties"] is not False):
+        yield "all properties are required, and no others"
+    for inner in (*part.get("anyOf", ()), *part.get("properties", {}).values()):
+        yield from strict_faults(inner)
+
+
+@pytest.mark.parametrize("text", [STEP, f'{{"step": {STEP}}}', f'{{\n  "step" : {STEP}\n}}\n', f'<think>hm</think>{{"step":{STEP}}}'])
+def test_a_server_that_takes_a_strict_schema_gets_it_with_every_request(text):
+    def openai(request, _):
+        faults = list(strict_faults(request["response_format"]["json_schema"]["schema"], root=True))
+        return (400, {}, json.dumps({"error": {"message": f"Invalid schema for response_format 'step': {faults[0]}"}})) if faults else OK
+    with hostile(lambda *_: text, openai) as server:
+        assert [answer.text for answer in ask(server.url, CHATS, SCHEMA)] == [STEP] * 6
+        assert formats(server) == ["json_schema"] * 6 and server.log[0][2]["response_format"]["json_schema"]["strict"] is True
+
+
+@pytest.mark.parametrize("at, odd", [("0", completion(None, refusal="I will not.")), ("3", "Sure!"), ("3", completion(None, refusal="I will not."))])
+def test_a_refusal_or_an_odd_step_does_not_end_structured_output(at, odd):
+    with hostile(lambda messages, _: odd if messages[0]["content"] == at else STEP) as server:
         ask(server.url, CHATS, SCHEMA)
-        assert formats(server) == ["json_schema"] * 6
-        sent = server.log[0][2]["response_format"]["json_schema"]
-        assert sent["schema"] == SCHEMA and sent["strict"] is True
+        ask(server.url, [HELLO], SCHEMA)
+        assert formats(server) == ["json_schema"] * 7
 
 
 @pytest.mark.parametrize("status", [400, 422, 500])
@@ -339,6 +414,16 @@ def test_fields_that_a_server_does_not_know_are_left_out():
     with hostile(lambda *_: "fine", refusing(*fields, status=422)) as server:
         ask(server.url, CHATS)
         assert len(server.log) == 8 and server.log[-1][2].keys() == {"model", "messages", "temperature", "max_completion_tokens"}
+
+
+@pytest.mark.parametrize("schema", [None, SCHEMA], ids=["plain", "schema"])
+def test_what_was_paid_is_found_when_the_server_no_longer_takes_what_it_was_sent(schema):
+    with hostile(lambda *_: STEP) as server:
+        ask(server.url, CHATS, schema)
+        server.fault = refusing(("seed", "unknown field: seed"), ("max_tokens", "Use 'max_completion_tokens' instead."))
+        ask(server.url, [HELLO], schema)
+        assert len(server.log) == 6 + 3
+        assert [answer.text for answer in ask(server.url, CHATS, schema)] == [STEP] * 6 and len(server.log) == 6 + 3
 
 
 def test_extra_fields_are_sent_and_are_part_of_the_question():
@@ -378,6 +463,20 @@ def test_the_rows_say_what_was_paid_and_say_it_again_from_the_cache():
         first, second = held(server.url), held(server.url)
     assert first == second and sum(row["cost_usd"] for row in first) == pytest.approx(worth(server)) and worth(server) > 1
     assert sum(row["cached_tokens"] for row in first) == sum(use["prompt_tokens_details"]["cached_tokens"] for use in server.paid) > 0
+
+
+@pytest.mark.parametrize("seeds, failures", [
+    ({0}, {None}), (range(3_000_000), {"the customer's answers were cut at max_tokens before they said anything"})])
+def test_a_customer_who_only_thinks_is_paid_for_and_asked_again(seeds, failures):
+    def thinking(messages, seed):
+        cut = seed in seeds and "support agent of" not in messages[0]["content"]
+        return completion(None, "length", reasoning_content="hm") if cut else PLAYER(messages, seed)
+    with hostile(thinking) as server:
+        rows = held(server.url)
+        assert {row["failure"] for row in rows} == failures
+        assert sum(row["cost_usd"] for row in rows) == pytest.approx(worth(server)) and worth(server) > 0
+        sent = len(server.log)
+        assert held(server.url) == rows and len(server.log) == sent and set(server.arrived.values()) == {1}
 
 
 def worth(server):
@@ -452,11 +551,18 @@ def test_without_a_price_tokens_are_counted_and_dollars_are_not_known_until_ther
         assert sum(row["cost_usd"] for row in held(server.url)) == pytest.approx(worth(server))
 
 
-def test_a_server_that_reports_no_usage_is_counted_by_characters():
-    body = json.dumps(completion("fine" * 30))
+NULL = {"prompt_tokens": None, "completion_tokens": None}
+FLOATS = {"prompt_tokens": 7.0, "completion_tokens": 5.0, "prompt_tokens_details": {"cached_tokens": 2.0}}
+
+
+@pytest.mark.parametrize("counted, tokens", [
+    (None, (12, 0, 40)), ({}, (12, 0, 40)), (NULL, (12, 0, 40)), ("many", (12, 0, 40)), ({"prompt_tokens": -1}, (12, 0, 40)), (FLOATS, (7, 2, 5))])
+def test_a_server_that_reports_no_usage_is_counted_by_characters(counted, tokens):
+    body = json.dumps({**completion("fine" * 30), "usage": counted})
     with hostile(PLAYER, lambda *_: (200, {}, body)) as server:
         answer, = ask(server.url)
-    assert answer.completion_tokens == 40 and answer.prompt_tokens > 5 and answer.cost_usd > 0
+        assert len(server.log) == 1, "it is good, and paid for"
+    assert (answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens) == tokens and answer.cost_usd > 0
 
 
 # Secrets
@@ -465,7 +571,8 @@ def test_a_server_that_reports_no_usage_is_counted_by_characters():
 @pytest.mark.parametrize("changes, message", [
     ({"base_url": "https://me:SECRET@host/v1"}, "credentials or a query"), ({"base_url": "https://host/v1?api_key=SECRET"}, "credentials or a query"),
     ({"base_url": "https://host/v1#SECRET"}, "credentials or a query"), ({"base_url": "ftp://SECRET"}, "neither a URL"),
-    ({"base_url": "http://[SECRET"}, "neither a URL"), ({"api_key_env": "sk-SECRET"}, "not the name of an environment variable"),
+    ({"base_url": "http://[SECRET"}, "neither a URL"), ({"base_url": "http://host:80SECRET/v1"}, "neither a URL"),
+    ({"base_url": "http://host:99999/v1"}, "neither a URL"), ({"api_key_env": "sk-SECRET"}, "not the name of an environment variable"),
     ({"api_key_env": "0a1b2c3d.SECRET"}, "not the name"), ({"extra": {"stream": True}}, "may not hold 'stream'")])
 def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(changes, message):
     with pytest.raises(InputError, match=message) as error:

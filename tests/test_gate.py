@@ -1,14 +1,17 @@
 """The gate judges what ships, passes only what the turns at hand show, and is not to be had by pleasing the judge."""
 
 import json
+import re
+import shutil
 import subprocess
 
 import numpy as np
 import polars as pl
 import pytest
 
-from stages._intervals import wilson
-from stages.gate import CANNOT_TELL, FAIL, PASS, limit_rule, more_turns
+from stages._intervals import cluster_ratio
+from stages._rates import rate
+from stages.gate import CANNOT_TELL, FAIL, PASS, limit_rule, more_turns, more_turns_of_mean, why_not
 from tests.deciding import command, lay_out, predictions, put_counts, turns, with_action
 from tests.helpers import inside
 
@@ -79,11 +82,15 @@ def test_the_write_ups_trap_an_acceptable_rate_of_88_percent_does_not_buy_over_e
     assert code == 0 and rules["over_escalation"]["verdict"] == "pass"
 
 
-@pytest.mark.parametrize("counts, rule", [({"valid": 0.9}, "valid_output"), ({"unscored": 60}, "unscored")])
-def test_bad_output_and_a_judge_that_gives_no_verdict_fail(tmp_path, counts, rule):
+@pytest.mark.parametrize("counts, rule, verdict", [
+    ({"valid": 0.9}, "valid_output", "fail"), ({"unscored": 60}, "unscored", "fail"),
+    ({"valid": 0.96}, "valid_output", "cannot tell"), ({"unscored": 24}, "unscored", "cannot tell")])
+def test_bad_output_and_a_judge_that_gives_no_verdict_do_not_pass(tmp_path, counts, rule, verdict):
+    """576 of 600 valid ones are more than 95 %, and 24 of 600 unscored fewer than 5 %, but not their whole intervals."""
     calibrated(tmp_path, predictions(MANY, strength=4.0), **counts)
     code, rules = gate(tmp_path)
-    assert code == 1 and [name for name, of in rules.items() if of["verdict"] == "fail"] == [rule]
+    assert code == 1 and [name for name, of in rules.items() if of["verdict"] not in ("pass", "skipped")] == [rule]
+    assert rules[rule]["verdict"] == verdict and ("more turns" in rules[rule]["why"]) == (verdict == "cannot tell")
 
 
 def test_what_the_turns_cannot_show_fails_unless_one_says_otherwise(good, tmp_path):
@@ -94,10 +101,12 @@ def test_what_the_turns_cannot_show_fails_unless_one_says_otherwise(good, tmp_pa
     assert gate(tmp_path)[0] == 0
 
 
+def counted(k, n, **more):
+    return {**rate(k, n), "cluster_low": None, "cluster_high": None, **more}
+
+
 def rates(k, n, **more):
-    low, high = wilson(k, n)
-    rate = {"k": k, "n": n, "low": low, "high": high, "cluster_low": None, "cluster_high": None, **more}
-    return {"at_threshold": {"r": rate}, "plain": {"r": rate}}
+    return counted(k, n, **more), counted(k, n)
 
 
 @pytest.mark.parametrize("companies, verdict, where", [
@@ -106,18 +115,43 @@ def rates(k, n, **more):
     ({"a": rates(95, 100, cluster_low=0.7, cluster_high=0.99)}, CANNOT_TELL, "a"), ({"a": rates(0, 0)}, CANNOT_TELL, "a")])
 def test_a_lower_limit_is_taken_in_the_worst_company_from_the_wider_interval(companies, verdict, where):
     """A company that fails outweighs one whose few turns leave a lower limit, and a wider interval by conversation counts."""
-    found = limit_rule("r", companies, 0.8, True, "hand-off")
+    found = limit_rule("r", companies, 0.8, True, "hand-off turns")
     assert found.verdict == verdict and found.value.endswith(where)
 
 
 @pytest.mark.parametrize("k, n, limit", [(9, 10, 0.8), (55, 62, 0.8), (3, 62, 0.1), (50, 62, 0.79)])
-def test_the_number_of_turns_that_would_tell_tells(k, n, limit):
-    low, high = wilson(k, n)
-    assert low < limit < high
-    total = n + more_turns(k, n, limit)
-    low, high = wilson(round(k / n * total), total)
-    assert not low < limit < high
-    assert more_turns(4, 5, 0.8) is None and more_turns(0, 0, 0.8) is None
+def test_the_number_of_turns_that_would_tell_tells_and_a_tenth_less_does_not(k, n, limit):
+    def tells(total):
+        """Wilson's interval as it stands in his article, which takes parts of a turn too."""
+        p, z = k / n, 1.959964
+        centre, half = p + z**2 / (2 * total), z * (p * (1 - p) / total + z**2 / (4 * total**2)) ** 0.5
+        return not (centre - half) / (1 + z**2 / total) < limit < (centre + half) / (1 + z**2 / total)
+
+    total = n + more_turns(counted(k, n), limit)
+    assert not tells(n) and not tells(0.9 * total) and tells(1.001 * total)
+
+
+@pytest.mark.parametrize("k, n", [(4, 5), (0, 0), (799_999, 1_000_000)])
+def test_no_number_of_turns_tells_what_lies_at_the_limit(k, n):
+    assert more_turns(counted(k, n), 0.8) is None and more_turns_of_mean(0.8, 0.7, 0.9, 5, 0.8) is None
+    assert "no number of hand-off turns would tell" in why_not(None, "hand-off turns")
+
+
+def test_turns_that_resemble_each_other_within_a_conversation_take_more():
+    """Draws of whole conversations whose turns are all hit or all missed: four turns tell what one does alone."""
+    draws = np.repeat(np.random.default_rng(2).permutation(np.arange(200) < 174), 4)
+    low, high = cluster_ratio([str(i // 4) for i in range(800)], draws, np.ones(800))
+    alone, together = (total + more_turns(of, 0.85) for total, of in (
+        (200, counted(174, 200)), (800, counted(696, 800, cluster_low=low, cluster_high=high))))
+    assert together / alone == pytest.approx(4, rel=0.25), "percentiles and Wilson's limit are not the same half-width at the same n"
+    wide = more_turns(counted(95, 100, cluster_low=0.70, cluster_high=0.99), 0.8)
+    assert wide > 100, "at .70 to .99 half as wide an interval would still hold .80: it takes more than twice the turns"
+
+
+def test_the_turns_that_a_mean_takes_are_those_that_shrink_its_interval_to_the_limit():
+    """Four times as many turns halve the interval; the half on the side of the limit counts."""
+    for value, low, high in ((0.1, -0.3, 0.5), (0.5, 0.1, 0.9), (0.0, -0.2, 0.6)):
+        assert more_turns_of_mean(value, low, high, 100, 0.3) == pytest.approx(300, abs=1)
 
 
 def git(folder, *arguments):
@@ -159,6 +193,54 @@ def test_figures_that_are_not_of_the_predictions_beside_them_are_refused(tmp_pat
     predictions(MANY, strength=0.1).write_parquet(tmp_path / "data/eval_exact/predictions.parquet")
     done = command(tmp_path, "gate")
     assert done.returncode == 1 and "predictions and threshold say" in done.stderr and "hint: dvc repro calibrate" in done.stderr
+
+
+def test_a_cost_that_is_left_open_says_how_many_turns_would_settle_it(history, tmp_path):
+    with inside(tmp_path):
+        subprocess.run(["git", "clone", "-q", str(history), "copy"], check=True)
+    folder = calibrated(tmp_path / "copy", predictions(MANY, strength=0.5, seed=1))
+    code, rules = gate(folder, "--base", "weak")
+    assert code == 1 and rules["expected"]["verdict"] == "cannot tell"
+    assert re.fullmatch(r"needs about [1-9]\d* more turns", rules["expected"]["why"])
+
+
+@pytest.mark.parametrize("name", ["eval_exact", "eval_judge"])
+def test_counts_of_other_companies_are_refused(good, tmp_path, name):
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / f"metrics/{name}_counts.json"
+    path.write_text(json.dumps({company: of for company, of in json.loads(path.read_text()).items() if company != "south"}))
+    done = command(tmp_path, "gate")
+    assert done.returncode == 1 and f"{name}_counts.json has no south" in done.stderr and f"hint: dvc repro {name}\n" in done.stderr
+
+
+def test_a_base_from_before_thresholds_ships_plain_and_one_whose_threshold_is_lost_or_broken_is_refused(history, tmp_path):
+    with inside(tmp_path):
+        subprocess.run(["git", "clone", "-q", str(history), "copy"], check=True)
+    folder = tmp_path / "copy"
+    point = folder / "models/operating_point.json"
+    kept = point.read_bytes()
+
+    def commit(name):
+        git(folder, "add", "-A")
+        git(folder, "commit", "-qm", name)
+        git(folder, "tag", name)
+
+    point.unlink()
+    commit("before")
+    point.write_text("{")
+    commit("broken")
+    point.unlink()
+    stage = {"write": {"cmd": "true", "outs": [point.relative_to(folder).as_posix()]}}
+    (folder / "dvc.yaml").write_text(json.dumps({"stages": stage}))
+    (folder / ".gitignore").write_text("/models/operating_point.json\n")
+    locked = {"write": {"cmd": "true", "outs": [{"path": "models/operating_point.json", "hash": "md5", "md5": "a" * 32, "size": 9}]}}
+    (folder / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": locked}))
+    commit("lost")
+    point.write_bytes(kept)
+    assert "before:plain" in gate(folder, "--base", "before")[1]["expected"]["value"]
+    for base, why in (("broken", "is no operating point"), ("lost", "neither in git nor in DVC's cache")):
+        done = command(folder, "gate", "--base", base)
+        assert (done.returncode, done.stdout) == (1, "") and why in done.stderr, base
 
 
 def test_an_unknown_base_is_one_sentence(history):

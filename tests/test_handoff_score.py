@@ -111,3 +111,8 @@ def test_too_few_hand_offs_are_one_sentence_and_leave_no_output(tmp_path):
     ended = run(tmp_path, splits(train=table({"s": SEARCH, "h": HANDOFF})))
     assert ended.returncode == 1 and "the training split is too small for a hand-off score" in ended.stderr and "hint: " in ended.stderr
     assert not (tmp_path / "data/handoff_score").exists() and not (tmp_path / "models").exists()
+
+
+def test_an_empty_split_is_one_sentence(tmp_path):
+    ended = run(tmp_path, splits(calibration=table({"c": HANDOFF}).clear()))
+    assert ended.returncode == 1 and "the calibration split is empty" in ended.stderr and "hint: data.scenarios_per_company" in ended.stderr

@@ -1,6 +1,8 @@
 """What dvc.yaml declares is what the code reads and writes, and packages depend on each other one way."""
 
 import ast
+import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -155,6 +157,22 @@ def test_plots_lie_in_an_output():
         (name, drawn), = plot.items()
         for path in drawn["y"] if isinstance(drawn["y"], dict) else [name]:
             assert any(Path(path).is_relative_to(out) for out in written), path
+
+
+def test_dvc_draws_one_picture_a_plot(tmp_path):
+    """Each in an element of its own, whose name the page's script can select, with the rows of every file."""
+    done = subprocess.run(["dvc", "plots", "show", "-o", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    places, drawn = (re.findall(pattern, page) for pattern in (r'<div id = "(.*)">', r"vegaEmbed\('#([\w-]+)', spec\)"))
+    specs = [json.loads(spec) for spec in re.findall(r"var spec = (.*);", page)]
+    assert len(places) == len(PIPELINE["plots"]) == len(specs) and places == drawn
+    for plot, spec in zip(PIPELINE["plots"], specs, strict=True):
+        (name, of), = plot.items()
+        rows = spec["data"]["values"]
+        assert all(of["x"] in row for row in rows)
+        files = of["y"] if isinstance(of["y"], dict) else [name]
+        assert len(rows) == sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) - 1 for path in files)
 
 
 @pytest.mark.parametrize("path", ["models/qlora_train", "data/oversample/train.parquet"])

@@ -236,6 +236,22 @@ def test_what_the_gate_refuses_is_a_sentence_on_the_page(tmp_path):
     assert "Not decided: the gate could not judge this student" in html and "<li>&lt;weak&gt;</li>" in html
 
 
+def test_what_the_threshold_does_is_shown_for_every_company_and_the_worst(folder, html):
+    detail = json.loads((folder / CALIBRATED).read_bytes())
+    shown = html.partition('aria-label="What the threshold does"')[2].partition("</table>")[0]
+    rows = {title: cells for title, cells in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', shown)}
+    named = {"all held-out companies" if name == "pooled" else name: of["student"] for name, of in detail["held_out"].items()}
+    assert list(rows) == [*named, "worst company"]
+    for title, of in named.items():
+        costs = [of[policy]["expected_cost"]["value"] for policy in ("plain", "at_threshold")]
+        assert re.findall(r"<td>(\d+\.\d\d)</td>", rows[title]) == [f"{cost:.2f}" for cost in costs]
+    worst, row = detail["worst_company"]["student"], rows["worst company"]
+    cost = worst["expected_cost"]
+    assert f"<td>{cost['plain']['value']:.2f}</td><td>{cost['value']:.2f} <span class=\"of\">{cost['company']}</span>" in row
+    for name in ("escalate_recall", "over_escalation"):
+        assert f"{worst[name]['k']} of {worst[name]['n']}" in row and row.count(worst[name]["company"])
+
+
 def test_what_calibrate_found_is_shown(folder, html, data):
     detail, point = (json.loads((folder / path).read_bytes()) for path in (CALIBRATED, POINT))
     assert data["threshold"] == point["threshold"] and f"P(escalate) is {point['threshold']:.3f} or more" in html

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages._show import markdown, plain
-from stages.table import EXACT, JUDGE, rows
+from stages.table import EXACT, JUDGE, rows, shared_score
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,3 +64,9 @@ def test_the_table_names_teacher_and_judge():
 def test_an_unknown_revision_is_one_sentence():
     done = subprocess.run([sys.executable, "-m", "stages.table", "--rev", "nowhere"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "hint: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("base, shared", [(0.8, True), (0.7, False)])
+def test_whether_base_and_student_share_a_score_is_seen_from_their_areas(base, shared):
+    of = {model: {"auc": {"value": value, "recall_at_5_percent": 0.3}} for model, value in (("base", base), ("student", 0.8))}
+    assert shared_score({"held_out": {"north": of, "pooled": of}}) == shared

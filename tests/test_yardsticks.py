@@ -28,7 +28,7 @@ def conversations(company, handoffs, others):
 
 
 def test_a_turn_hears_the_customer_so_far_and_nobody_else():
-    turns = heard(pl.concat([verified({"a": TALK}), verified({"b": TALK[:1] + TALK[3:4]})]))
+    turns = heard(pl.concat([verified({"a": TALK}), verified({"b": TALK[:1] + TALK[3:4]})]), "train")
     assert turns["said"].to_list() == [["is it open?"], ["is it open?"], ["is it open?", "somebody else used my account"], ["is it open?"]]
     assert turns["gold_action"].to_list() == ["search_kb", "reply", "escalate", "reply"] and turns["index"].to_list() == [1, 3, 5, 1]
 
