@@ -41,6 +41,8 @@ TURNS = 20
 FIRST_SAMPLE = 1_000
 """Far above every attempt at a conversation: an answer that helped to choose the history is no independent one."""
 
+_WORDS = {TurnKind.HANDOFF: "hand-off turns", TurnKind.OTHER: "other turns"}
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -136,7 +138,7 @@ def _pairs(agree: list[tuple[str, list[bool]]]) -> dict[str, Any]:
 
 def in_words(agreement: dict[str, Any], teacher: str) -> str:
     """One line."""
-    parts = [f"{slug}, {found['turns']} {kind.replace('_', ' ')}: action {found['action']['k']}/{found['action']['n']}, "
+    parts = [f"{slug}, {found['turns']} {_WORDS[TurnKind(kind)]}: action {found['action']['k']}/{found['action']['n']}, "
              f"hand-off {found['handoff']['k']}/{found['handoff']['n']}"
              for slug, kinds in agreement["companies"].items() for kind, found in kinds.items()]
     return f"teacher_gen: pairs of {agreement['samples']} answers to one turn in which the {teacher} agrees with itself: {'; '.join(parts)}"

@@ -181,14 +181,16 @@ def calls_left(company: Company, scenario: Scenario, written: list[Message], hel
 
 
 def calls_answered(company: Company, scenario: Scenario, held: list[Transcript]) -> Iterator[tuple[Role, Answered]]:
-    """The calls of all attempts that the cache holds, but for the last message's where its cost holds another call's too."""
+    """The calls of all attempts that the cache holds, but for those whose cost is counted together with another call's."""
     for transcript in held:
-        customers = sum(message.role is Role.CUSTOMER for message in transcript.messages)
-        shared = len(transcript.messages) - 1 if transcript.calls[Role.CUSTOMER] > customers else None
-        for index, (message, cost) in enumerate(zip(transcript.messages, transcript.costs, strict=True)):
-            if message.role is not Role.TOOL and index != shared:
-                before = transcript.messages[:index]
-                chat = agent_chat(company, before) if message.role is Role.AGENT else customer_chat(company, scenario, before)
+        messages = transcript.messages
+        silent = sum(transcript.calls.values()) - sum(message.role is not Role.TOOL for message in messages)
+        ended = silent == 1 and transcript.failure is None  # the customer's last call, which left no message: its cost is at the last one's
+        if silent and not ended:
+            continue
+        for index, (message, cost) in enumerate(zip(messages[:-1] if ended else messages, transcript.costs, strict=not ended)):
+            if message.role is not Role.TOOL:
+                chat = agent_chat(company, messages[:index]) if message.role is Role.AGENT else customer_chat(company, scenario, messages[:index])
                 yield message.role, Answered(chat, cost)
 
 

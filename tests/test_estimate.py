@@ -136,15 +136,15 @@ def test_asking_again_is_estimated_paid_once_and_kept_under_the_cap(paid, capsys
     asked(0)
     teacher_gen.main()
     sent, before = len(paid.log), worth(paid)
-    asked(3)
+    asked(8)
     capsys.readouterr()
     (teacher, customer, again, _), _, _, rest, _ = said(capsys)
-    assert (teacher, customer) == (0, 0) and again > 0 and again % 3 == 0
-    asked(3, budget_usd=before + rest / 2)
+    assert (teacher, customer) == (0, 0) and again > 0 and again % 8 == 0
+    asked(8, budget_usd=before + 0.7 * rest)
     with pytest.raises(InputError, match=r"teacher_gen\.budget_usd of"):
         teacher_gen.main()
-    assert before < worth(paid) <= before + rest / 2 and "self_agreement" not in teacher_gen.METRICS.read_text()
-    asked(3, budget_usd=2 * (before + rest))
+    assert before < worth(paid) <= before + 0.7 * rest and "self_agreement" not in teacher_gen.METRICS.read_text()
+    asked(8, budget_usd=2 * (before + rest))
     teacher_gen.main()
     assert len(paid.log) == sent + again == sum(paid.arrived.values()) and set(paid.arrived.values()) == {1}
     assert sum(request["seed"] >= FIRST_SAMPLE for _, _, request, _ in paid.log) == again
