@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-START_S = 120
+START_S = 300
 CONTEXT = 4096
 """Tokens of prompt and answer: twice the longest conversation that is trained on."""
 
