@@ -25,7 +25,8 @@ BASE, STUDENT, PREDICTIONS = "data/predict/base.parquet", "data/predict/student.
 def work(company_folder, tmp_path):
     """A directory that the stages run in: two small companies, one of them held out, and the real parameters."""
     shutil.copytree(company_folder, company_folder.with_name("tearoom"))
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8").replace("[streaming, travel]", "[tearoom]"))
+    params = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("[streaming, travel]", "[tearoom]")
+    (tmp_path / "params.yaml").write_text(re.sub(r"escalation_factor: \d+", "escalation_factor: 4", params))
     return tmp_path
 
 

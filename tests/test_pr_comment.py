@@ -91,13 +91,14 @@ def test_an_unknown_revision_is_one_sentence():
 
 def test_changed_parameters_metrics_and_plot_are_shown(clone):
     params = (clone / "params.yaml").read_text(encoding="utf-8")
+    factor = yaml.safe_load(params)["oversample"]["escalation_factor"]
     header, *points = (clone / PLOT).read_text(encoding="utf-8").splitlines()
     rates = json.loads((clone / EXACT).read_text(encoding="utf-8"))
     rates["travel"]["student"]["escalate_recall"] = 0.5
     text = committed(clone, **{
-        "params.yaml": params.replace("escalation_factor: 4", "escalation_factor: 8"), EXACT.as_posix(): json.dumps(rates),
+        "params.yaml": params.replace(f"escalation_factor: {factor}", f"escalation_factor: {factor + 4}"), EXACT.as_posix(): json.dumps(rates),
         PLOT: "\n".join([header, *(re.sub(r"[\d.]+$", "1.5", point) for point in points)]) + "\n"})
-    assert "| `params: oversample.escalation_factor` | 4 | 8 | +4 |" in text
+    assert f"| `params: oversample.escalation_factor` | {factor} | {factor + 4} | +4 |" in text
     assert re.search(r"\| `eval_exact: travel\.student\.escalate_recall` \| 0\.\d+ \| 0\.5 \| \+0\.\d+ \|", text)
     chart, = re.findall(r"```mermaid\n(.*?)\n```", text, re.DOTALL)
     assert "grey HEAD^, blue HEAD" in chart and chart.count("    line [") == 2 and f"0 --> {len(points) - 1}" in chart
