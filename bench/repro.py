@@ -24,7 +24,7 @@ from schemas.errors import InputError
 
 LOG = Path(".cache/repro.log")
 SECTIONS = {
-    "corpus": "data", "teacher_gen": "data", "verify": "data", "oversample": "data", "qlora_train": "train", "probe": "evaluate",
+    "corpus": "data", "teacher_gen": "data", "verify": "data", "oversample": "data", "qlora_train": "train", "handoff_score": "evaluate",
     "predict_base": "evaluate", "predict_student": "evaluate", "eval_exact": "evaluate", "yardsticks": "evaluate", "calibrate": "evaluate",
     "report": "evaluate", "eval_judge": "judge"}
 """Which of the minutes a stage's are."""

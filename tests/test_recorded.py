@@ -35,6 +35,8 @@ U = UnmappedReason
 EXAMPLES = ROOT / "data/examples"
 MAPPING = load_mapping(EXAMPLES / "mapping.yaml")
 HELD = {"held_out": ["quayside-parking"]}
+OVERSAMPLED = f"oversample: 5 conversations become {4 + PARAMS['oversample']['escalation_factor']}"
+"""One of the example's training conversations is handed off."""
 UNMAPPED = {
     ("hollin-optics.jsonl", 6): U.CALL_IN_TEXT, ("hollin-optics.jsonl", 7): U.UNKNOWN_TOOL, ("hollin-optics.jsonl", 8): U.TEXT_BESIDE_CALL,
     ("hollin-optics.jsonl", 13): U.DUPLICATE_ID, ("hollin-optics.jsonl", 15): U.BROKEN_LINE,
@@ -121,7 +123,7 @@ def test_the_example_gives_the_counts_that_readme_states(example):
     assert [checked[name]["conversations"] for name in ("train", "calibration", "held_out")] == [5, 4, 4]
     assert [checked[name]["handoff_turns"] for name in ("train", "calibration", "held_out")] == [1, 2, 2]
     assert lines[0].startswith("teacher_gen: 22 recorded conversations, 14 mapped, 8 not (")
-    assert lines[2].startswith("oversample: 5 conversations become 8")
+    assert lines[2].startswith(OVERSAMPLED)
     assert "22 conversations in, 14 mapped and 8 not" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -470,7 +472,7 @@ def test_the_documented_commands_work_and_dvc_sees_an_edited_log(tmp_path):
     params, commands = re.search(r"```yaml\n(data:.*?)```", told, re.DOTALL)[1], re.search(r"```\n(dvc repro.*?)```", told, re.DOTALL)[1]
     set_params(yaml.safe_load(params))
     shown = [shell(line.split("  #")[0]) for line in commands.strip().split("\n")]
-    assert "oversample: 5 conversations become 8" in shown[0] and "handoff_without_reason" in shown[1]
+    assert OVERSAMPLED in shown[0] and "handoff_without_reason" in shown[1]
     assert "didn't change" in shell("dvc repro oversample")
 
     logs = tmp_path / "data/examples/logs/hollin-optics.jsonl"
