@@ -8,8 +8,8 @@ linear probe (Alain and Bengio 2016, "Understanding intermediate layers using li
 layer `handoff_score.layer` at the end of a turn's prompt, and a bag of the words that the customer has said. All of it is
 fitted on the training companies' turns; the probe's strength, and how the two are weighed, on left-out companies among them.
 
-It is asked before a word is written, as P(IK) is in Kadavath et al. 2022, because the thought decides: once it stands,
-the probability of `escalate` at the action's place is near 0 or 1. So whatever is then written, valid or not, and however
+It is asked before a word is written, as P(IK) is in Kadavath et al. 2022: what the student thinks and the probability of
+`escalate` behind it rank the turns worse, and cost a thought (metrics/LOG.md). So whatever is then written, valid or not, and however
 many tokens an action's name has, does not enter it. No adapter lies below the layer (`qlora_train.first_layer`), so base
 and student share the score, and training the student anew leaves it as it is. Whoever runs the student has it for next to
 nothing, halfway through reading the prompt; here it takes half a reading of the three splits.
