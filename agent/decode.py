@@ -2,41 +2,27 @@
 
 The conversation's keys and values up to a turn are exactly what the agent is prompted with there. So all turns of a
 conversation are decoded side by side, as branches of one tree: a step feeds the model one token of every branch that
-still runs, and the attention mask lets a branch see the conversation up to its turn and its own tokens.
+still runs, whatever conversation it belongs to, and the attention mask lets a branch see its conversation up to its turn and
+its own tokens. When all branches of a conversation have ended, the next conversation takes its place (continuous batching;
+Yu et al. 2022, "Orca").
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from agent.encode import Encoded
-from agent.student import read_rows, stack_rows
+from agent.prefill import Prefill
 from schemas.action import ActionName
 
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One agent turn to decode: which conversation of the group, and how many of its tokens come before the turn."""
-
-    row: int
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """Conversations that have been read.
-
-    `turns`: their agent turns. `states`: the last hidden state of every turn's prompt, shape (N, H). `cache`: keys and values.
-    """
-
-    turns: list[Turn]
-    states: torch.Tensor
-    cache: Any
+ACTION_OPENING = '"action": "'
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,56 +37,15 @@ class Reply:
     other: str | None
 
 
-ACTION_OPENING = '"action": "'
-
-
-def read_turns(model: Any, group: Sequence[Encoded]) -> Reading:
-    """Read a group of conversations that share their prefix, each token once for all turns."""
-    prefix = group[0].prefix
-    rows, mask = stack_rows([torch.tensor(encoded.ids[prefix:]) for encoded in group])
-    with torch.inference_mode():
-        hidden, cache = read_rows(model, torch.tensor([group[0].ids[:prefix]]), rows, mask)
-    wanted = turns(group)
-    return Reading(wanted, torch.stack([hidden[turn.row, turn.start - prefix - 1] for turn in wanted]), cache)
-
-
-class _Slab(DynamicLayer):
-    """Keys and values of one layer in a buffer of fixed size: appending copies nothing.
-
-    Args:
-        keys, values: what has been read, shape (B, H, S, D).
-        room: how many more positions there may be.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
-        super().__init__()
-        shape = (*keys.shape[:2], keys.shape[2] + room, keys.shape[3])
-        self._keys, self._values, self._length = keys.new_empty(shape), values.new_empty(shape), keys.shape[2]
-        self._keys[:, :, :self._length], self._values[:, :, :self._length] = keys, values
-        self.is_initialized = True
-        self.dtype, self.device = keys.dtype, keys.device
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append, and return everything so far."""
-        end = self._length + key_states.shape[-2]
-        self._keys[:, :, self._length:end], self._values[:, :, self._length:end] = key_states, value_states
-        self._length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
-
-    def get_seq_length(self) -> int:
-        """How many positions are filled."""
-        return self._length
-
-
 class Choice:
-    """Picks the next token of every running turn. This one is plain greedy; `ends` says when a text needs no more."""
+    """Picks the tokens of one turn. This one is plain greedy; `hopeless` says when a text needs no more."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def next_tokens(self, turns: Sequence[int], logits: torch.Tensor) -> list[int]:
-        """Token ids for the running turns; `turns` are their numbers in the group, `logits` has shape (len(turns), V)."""
-        return logits.argmax(dim=-1).tolist()
+    def next_token(self, logits: torch.Tensor) -> int:
+        """The next token, from logits of shape (V)."""
+        return int(logits.argmax())
 
     def hopeless(self, tokens: list[int]) -> bool:
         """Whether no continuation can make the text a valid step: it is prose. Stopping there changes no verdict."""
@@ -116,43 +61,101 @@ class SchemaChoice(Choice):
     Args:
         tokenizer: the student's.
         engine: llguidance's view of that tokenizer.
-        schema: what every text must fit.
-        count: how many turns the group has.
+        schema: what the text must fit.
     """
 
-    def __init__(self, tokenizer: Any, engine: Any, schema: dict[str, Any], count: int) -> None:
+    def __init__(self, tokenizer: Any, engine: Any, schema: dict[str, Any]) -> None:
         from llguidance import LLMatcher
 
         super().__init__(tokenizer)
         compact: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        grammar = LLMatcher.grammar_from_json_schema(schema, defaults=compact)
-        self._matchers = [LLMatcher(engine, grammar) for _ in range(count)]
+        self._matcher = LLMatcher(engine, LLMatcher.grammar_from_json_schema(schema, defaults=compact))
 
-    def next_tokens(self, turns: Sequence[int], logits: torch.Tensor) -> list[int]:
-        """The most likely allowed tokens."""
-        chosen = []
-        for turn, row in zip(turns, logits, strict=True):
-            allowed = torch.frombuffer(bytearray(self._matchers[turn].compute_logit_bias()), dtype=torch.uint8)[: row.shape[0]] > 0
-            token = int(row.masked_fill(~allowed, float("-inf")).argmax())
-            self._matchers[turn].consume_token(token)
-            chosen.append(token)
-        return chosen
+    def next_token(self, logits: torch.Tensor) -> int:
+        """The most likely allowed token."""
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)[: logits.shape[0]] > 0
+        token = int(logits.masked_fill(~allowed, float("-inf")).argmax())
+        self._matcher.consume_token(token)
+        return token
 
     def hopeless(self, tokens: list[int]) -> bool:
         """Never: every token was allowed."""
         return False
 
 
-def groups(conversations: Sequence[tuple[str, str, Encoded]], size: int) -> Iterator[list[tuple[str, str, Encoded]]]:
-    """Cut conversations into groups of one company, with like numbers of turns and like lengths."""
-    ordered = sorted(conversations, key=lambda item: (item[0], len(item[2].spans), len(item[2].ids)))
-    start = 0
-    while start < len(ordered):
-        end = start + 1
-        while end < len(ordered) and end - start < size and ordered[end][0] == ordered[start][0]:
-            end += 1
-        yield ordered[start:end]
-        start = end
+@dataclass(slots=True, eq=False)
+class _Branch:
+    """One turn that is decoded in one way. `start`: how many tokens its prompt has."""
+
+    start: int
+    choice: Choice
+    tokens: list[int] = field(default_factory=list)
+    other: str | None = None
+
+
+class _Tree:
+    """One conversation that is being decoded: keys and values of its prompt, then those of its branches' tokens as they come.
+
+    Args:
+        number: which conversation.
+        read: the cache that it was read into.
+        branches: for every way, one branch a turn.
+        room: how many tokens the branches may have together.
+    """
+
+    def __init__(self, number: int, read: Any, branches: list[list[_Branch]], room: int) -> None:
+        self.number, self.branches = number, branches
+        self._prompt = self._filled = read.get_seq_length()
+        self._layers = [tuple(_with_room(part[0], room) for part in (layer.keys, layer.values)) for layer in read.layers]
+        # Which branch each token behind the prompt belongs to.
+        self._owner = torch.empty(room, dtype=torch.long)
+        self._mask = torch.empty(0)
+        self.going: list[_Branch] = []
+
+    def begin_step(self) -> None:
+        """Make room for one more token of every branch that goes on."""
+        start, self._filled = self._filled, self._filled + len(self.going)
+        names = torch.tensor([id(branch) for branch in self.going])
+        self._owner[start - self._prompt:self._filled - self._prompt] = names
+        before = torch.arange(self._prompt) < torch.tensor([branch.start for branch in self.going])[:, None]
+        self._mask = torch.cat([before, self._owner[:self._filled - self._prompt] == names[:, None]], dim=1)[None, None]
+
+    def attend(self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Attention of the step's tokens, (1, heads, N, D) each, over the conversation and their own branches: (1, N, heads, D)."""
+        keys, values = self._layers[module.layer_idx]
+        keys[:, self._filled - len(self.going):self._filled], values[:, self._filled - len(self.going):self._filled] = key[0], value[0]
+        return sdpa_attention_forward(module, query, keys[None, :, :self._filled], values[None, :, :self._filled], self._mask, **kwargs)[0]
+
+
+def _with_room(read: torch.Tensor, room: int) -> torch.Tensor:
+    """Keys or values, (heads, S, D), at the beginning of a buffer of S + room."""
+    buffer = read.new_empty(read.shape[0], read.shape[1] + room, read.shape[2])
+    buffer[:, :read.shape[1]] = read
+    return buffer
+
+
+def _tree_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+                    trees: list[_Tree], **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Attention of tokens that come in one line, (1, heads, N, D), tree by tree, each over its own keys and values.
+
+    All else in the model takes the tokens as they come, so that nothing is computed for padding.
+    """
+    counts = [len(tree.going) for tree in trees]
+    parts = zip(trees, *(states.split(counts, dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat([tree.attend(module, *states, **kwargs) for tree, *states in parts], dim=1), None
+
+
+AttentionInterface.register("handoff_trees", _tree_attention)
+
+
+@contextmanager
+def _attention(model: Any, name: str) -> Iterator[None]:
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 class TurnDecoder:
@@ -162,10 +165,15 @@ class TurnDecoder:
         model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
         max_new_tokens: where a turn is cut off.
+        at_once: a further conversation is begun while fewer turns than this run.
+
+    Raises:
+        InputError: as `Prefill`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int) -> None:
-        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, at_once: int) -> None:
+        self.model, self.tokenizer, self.max_new_tokens, self.at_once = model, tokenizer, max_new_tokens, at_once
+        self._prefill = Prefill(model)
         self._ends = frozenset(tokenizer.all_special_ids)
         # The first token of every name but `escalate`: what its encoding has beyond the opening alone.
         opening = tokenizer(ACTION_OPENING, add_special_tokens=False).input_ids
@@ -173,70 +181,52 @@ class TurnDecoder:
                         for name in ActionName if name is not ActionName.ESCALATE}
 
     @torch.inference_mode()
-    def decode(self, read: Reading, choice: Choice) -> list[Reply]:
-        """Decode all agent turns side by side from what has been read; what has been read can be decoded from again.
+    def decode(self, conversations: Sequence[Encoded], ways: Sequence[Callable[[], Choice]]) -> Iterator[tuple[int, list[list[Reply]]]]:
+        """Decode all agent turns.
 
         Args:
-            read: the conversations.
-            choice: how to pick tokens.
+            conversations: what to decode; those with most turns are begun first, so that the last ones to end are short.
+            ways: how to pick tokens: for every turn and way a `Choice` is made.
 
-        Returns:
-            a reply for every turn, in the order of `read.turns`, without the token that ends it.
+        Yields:
+            a conversation's number and, when all its turns have ended, for every way the replies in the order of the turns,
+            without the token that ends them.
         """
-        wanted, logits = read.turns, self.model.get_output_embeddings()(read.states).float()
-        others: list[str | None] = [None] * len(wanted)
-        count, rows = 1 + max(turn.row for turn in wanted), [turn.row for turn in wanted]
-        widest = max(rows.count(row) for row in range(count))
-        cache = Cache(layers=[_Slab(layer.keys, layer.values, widest * self.max_new_tokens) for layer in read.cache.layers])
-        positions = torch.arange(read.cache.get_seq_length())
-        # Which turn each appended position belongs to, column by column; -1 is padding.
-        owner = torch.empty(count, 0, dtype=torch.long)
-        texts: list[list[int]] = [[] for _ in wanted]
-        running = list(range(len(wanted)))
-        for step in range(self.max_new_tokens):
-            for turn, row in zip(running, logits, strict=True):
-                if others[turn] is None and self._opens_action(texts[turn]):
-                    others[turn] = max(self._others, key=lambda name: float(row[self._others[name]]))
-            tokens = choice.next_tokens(running, logits)
-            for turn, token in zip(running, tokens, strict=True):
-                if token not in self._ends:
-                    texts[turn].append(token)
-            going = [(turn, token) for turn, token in zip(running, tokens, strict=True)
-                     if token not in self._ends and not choice.hopeless(texts[turn])]
-            if not going or step + 1 == self.max_new_tokens:
-                break
-            running = [turn for turn, _ in going]
-            slots, places = _pack(running, rows, count)
-            owner = torch.cat([owner, slots], dim=1)
-            ids, position_ids, starts = torch.zeros_like(slots), torch.zeros_like(slots), torch.zeros_like(slots)
-            for (turn, token), place in zip(going, places, strict=True):
-                ids[place], position_ids[place], starts[place] = token, wanted[turn].start + step, wanted[turn].start
-            # A padding slot sees the first token, since attention to nothing is not a number.
-            before = positions < starts.clamp(min=1)[..., None]
-            own = (owner[:, None, :] == slots[..., None]) & (slots[..., None] >= 0)
-            out = self.model(input_ids=ids, attention_mask=torch.cat([before, own], dim=2)[:, None], position_ids=position_ids,
-                             cache=cache, use_cache=True)
-            logits = torch.stack([out.logits[place] for place in places]).float()
-        return [Reply(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), other) for tokens, other in zip(texts, others, strict=True)]
+        waiting = sorted(range(len(conversations)), key=lambda number: (len(conversations[number].spans), len(conversations[number].ids)))
+        trees: list[_Tree] = []
+        while waiting or trees:
+            while waiting and sum(len(tree.going) for tree in trees) < self.at_once:
+                number = waiting.pop()
+                states, cache = self._prefill(conversations[number])
+                branches = [[_Branch(start, way()) for start, _ in conversations[number].spans] for way in ways]
+                trees.append(_Tree(number, cache, branches, sum(map(len, branches)) * self.max_new_tokens))
+                logits = self.model.get_output_embeddings()(states).float()
+                trees[-1].going = [branch for of_way in branches for branch, here in zip(of_way, logits, strict=True) if self._goes_on(branch, here)]
+            for tree in [tree for tree in trees if not tree.going]:
+                trees.remove(tree)
+                yield tree.number, [[Reply(self.tokenizer.decode(branch.tokens, clean_up_tokenization_spaces=False), branch.other)
+                                     for branch in of_way] for of_way in tree.branches]
+            if trees:
+                following = iter(self._step(trees))
+                for tree in trees:
+                    tree.going = [branch for branch in tree.going if self._goes_on(branch, next(following))]
 
-    def _opens_action(self, tokens: list[int]) -> bool:
-        """Whether the action's name comes next."""
-        return self.tokenizer.decode(tokens[-len(ACTION_OPENING):]).endswith(ACTION_OPENING)
+    def _goes_on(self, branch: _Branch, logits: torch.Tensor) -> bool:
+        """Give a branch its next token; whether it needs another one."""
+        if branch.other is None and self.tokenizer.decode(branch.tokens[-len(ACTION_OPENING):]).endswith(ACTION_OPENING):
+            branch.other = max(self._others, key=lambda name: float(logits[self._others[name]]))
+        token = branch.choice.next_token(logits)
+        if token in self._ends:
+            return False
+        branch.tokens.append(token)
+        return len(branch.tokens) < self.max_new_tokens and not branch.choice.hopeless(branch.tokens)
 
-
-def _pack(running: list[int], rows: list[int], count: int) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Give every running turn a slot in its conversation's row: the turn in each slot, (count, W), and each turn's place."""
-    taken = [0] * count
-    places = []
-    for turn in running:
-        places.append((rows[turn], taken[rows[turn]]))
-        taken[rows[turn]] += 1
-    slots = torch.full((count, max(taken)), -1)
-    for turn, place in zip(running, places, strict=True):
-        slots[place] = turn
-    return slots, places
-
-
-def turns(group: Sequence[Encoded]) -> list[Turn]:
-    """All agent turns of a group, conversation by conversation."""
-    return [Turn(row, start) for row, encoded in enumerate(group) for start, _ in encoded.spans]
+    def _step(self, trees: list[_Tree]) -> torch.Tensor:
+        """Feed the last token of every branch that goes on: the logits of what comes next, (N, V)."""
+        for tree in trees:
+            tree.begin_step()
+        going = [branch for tree in trees for branch in tree.going]
+        last = torch.tensor([[branch.tokens[-1] for branch in going]])
+        positions = torch.tensor([[branch.start + len(branch.tokens) - 1 for branch in going]])
+        with _attention(self.model, "handoff_trees"):
+            return self.model(input_ids=last, position_ids=positions, use_cache=False, trees=trees).logits[0].float()

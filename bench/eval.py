@@ -32,7 +32,7 @@ ADAPTER = Path("models/qlora_train")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes."""
     parser.add_argument("--rounds", type=int, default=3, help="groups of conversations, one a round")
-    parser.add_argument("--conversations", type=int, default=0, help="in a group; 0: as in params.yaml")
+    parser.add_argument("--conversations", type=int, default=32, help="in a group")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="where a turn is cut off; 0: as in params.yaml")
     parser.add_argument("--generate-turns", type=int, default=12, help="turns of a group that `generate` takes")
     parser.add_argument("--llama-conversations", type=int, default=4, help="conversations of a group that llama.cpp takes")
@@ -49,16 +49,11 @@ class Turn:
 
 def ours(decoder: TurnDecoder, choice: Choice, group: list[Encoded]) -> tuple[list[list[Turn]], float]:
     """All turns of a group, conversation by conversation, and seconds."""
-    from agent.decode import read_turns
-
     started = time.monotonic()
-    read = read_turns(decoder.model, group)
-    replies = decoder.decode(read, choice)
+    replies = dict(decoder.decode(group, [lambda: choice]))
     seconds = time.monotonic() - started
-    found: list[list[Turn]] = [[] for _ in group]
-    for turn, reply in zip(read.turns, replies, strict=True):
-        found[turn.row].append(Turn(group[turn.row].ids[:turn.start], reply.text))
-    return found, seconds
+    return [[Turn(encoded.ids[:start], reply.text) for (start, _), reply in zip(encoded.spans, replies[number][0], strict=True)]
+            for number, encoded in enumerate(group)], seconds
 
 
 def generated(decoder: TurnDecoder, turns: list[Turn]) -> tuple[list[str], float]:
@@ -84,7 +79,7 @@ def measure(options: argparse.Namespace) -> EvalPart:
     """
     here = circumstances()
 
-    from agent.decode import Choice, TurnDecoder, groups
+    from agent.decode import Choice, TurnDecoder
     from agent.encode import Encoder
     from agent.student import StudentParams, load_base, load_student, load_tokenizer
     from bench._llama import LlamaMissing, completed, llama_server
@@ -96,14 +91,13 @@ def measure(options: argparse.Namespace) -> EvalPart:
             return False  # the others do not stop at prose either
 
     params, student = load_params("predict", PredictParams), load_params("student", StudentParams)
-    size = options.conversations or params.group_conversations
     tokenizer = load_tokenizer(student)
     trained = (ADAPTER / "adapter_config.json").is_file()
     model = load_student(student, ADAPTER) if trained else load_base(student).eval()
-    decoder = TurnDecoder(model, tokenizer, options.max_new_tokens or params.max_new_tokens)
+    decoder = TurnDecoder(model, tokenizer, options.max_new_tokens or params.max_new_tokens, params.turns_at_once)
     conversations = encode_table(read_table(HELD_OUT, Verified), Encoder(tokenizer))
     chance = random.Random(0)
-    chosen = chance.sample([group for group in groups(conversations, size) if len(group) == size], options.rounds)
+    chosen = [chance.sample(conversations, min(options.conversations, len(conversations))) for _ in range(options.rounds)]
 
     speeds: dict[str, list[float]] = {"ours": [], "generate": [], "llama_cpp": []}
     counts: dict[str, list[int]] = {"ours": [], "generate": [], "llama_cpp": []}
@@ -139,6 +133,6 @@ def measure(options: argparse.Namespace) -> EvalPart:
         return [a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)]
 
     return EvalPart(
-        **here, missing=missing, model="student" if trained else "base", conversations=size, turns=counts, turns_per_s=speeds, different=different,
+        **here, missing=missing, model="student" if trained else "base", conversations=options.conversations, turns=counts, turns_per_s=speeds, different=different,
         llama_weights=None if missing else options.llama_weights, vs_generate=ratio(against("generate")),
         vs_llama_cpp=None if missing else ratio(against("llama_cpp")))

@@ -17,11 +17,13 @@ nothing, halfway through reading the prompt; here it takes half a reading of the
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
+from tqdm import tqdm
 
 from agent.encode import Encoder
 from agent.handoff_score import HandoffScore, Linear
@@ -31,7 +33,6 @@ from schemas.tables import Scores, Verified
 from schemas.yardsticks import HandoffScoreMetrics
 from stages._bag_of_words import bag_of_words_model, heard
 from stages._conversations import Item, encode_table
-from stages._groups import each_group, turn_names
 from stages._logistic import best_strength, figures, left_out_log_odds, logistic, mean_auc
 from stages._stage import Params, load_params, read_table, run, say, write_metrics, write_table
 
@@ -45,8 +46,6 @@ HELD_OUT = Path("data/verify/held_out.parquet")
 SCORES = Path("data/handoff_score/scores.parquet")
 MODEL = Path("models/handoff_score.json")
 METRICS = Path("metrics/handoff_score.json")
-READ_AT_ONCE = 4
-"""Conversations that are read together; more are no faster, and take more memory."""
 
 
 class HandoffScoreParams(Params):
@@ -61,13 +60,14 @@ def prompt_states(conversations: list[Item], model: Any, layer: int, what: str) 
     Raises:
         InputError: there is no such layer.
     """
-    from agent.decode import read_turns
+    from agent.prefill import Prefill
 
     if layer > (layers := model.config.get_text_config().num_hidden_layers):
         raise InputError(f"handoff_score.layer is {layer}, and the student has layers 0 to {layers - 1}", "lower it in params.yaml")
     with only_layers(model, 0, layer):
-        return {turn: state.double().cpu().numpy() for group in each_group(conversations, READ_AT_ONCE, what)
-                for turn, state in zip(turn_names(group), read_turns(model, [encoded for _, _, encoded in group]).states, strict=True)}
+        prefill = Prefill(model)
+        return {(name, number): state.double().cpu().numpy() for _, name, encoded in tqdm(conversations, desc=what, unit="conv", file=sys.stderr)
+                for number, state in enumerate(prefill(encoded)[0])}
 
 
 def states_of(turns: pl.DataFrame, states: dict[tuple[str, int], np.ndarray]) -> np.ndarray:

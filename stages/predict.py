@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from tqdm import tqdm
 
 from agent.encode import Encoder
 from agent.student import StudentParams, load_base, load_student, load_tokenizer
@@ -24,7 +26,6 @@ from schemas.action import action_json_schema
 from schemas.errors import InputError
 from schemas.tables import Replies, Verified
 from stages._conversations import Item, encode_table
-from stages._groups import each_group, turn_names
 from stages._stage import Params, load_params, read_table, run, say, write_table
 
 HELD_OUT = Path("data/verify/held_out.parquet")
@@ -37,7 +38,7 @@ class PredictParams(Params):
     """`predict`."""
 
     max_new_tokens: int = Field(ge=1)
-    group_conversations: int = Field(ge=1, description="conversations read at once, all their turns decoded at once; bounds the memory")
+    turns_at_once: int = Field(ge=1, description="a further conversation is begun while fewer turns than this are decoded; bounds the memory")
 
 
 def decode_all(conversations: list[Item], model: Any, tokenizer: Any, params: PredictParams, with_schema: bool) -> list[dict[str, Any]]:
@@ -50,24 +51,21 @@ def decode_all(conversations: list[Item], model: Any, tokenizer: Any, params: Pr
         params: the stage's parameters.
         with_schema: whether to decode under the schema too.
     """
-    from agent.decode import Choice, SchemaChoice, TurnDecoder, read_turns
+    from agent.decode import Choice, SchemaChoice, TurnDecoder
 
-    decoder = TurnDecoder(model, tokenizer, params.max_new_tokens)
-    engine: Any = None
-    schema = action_json_schema(bounded=True)
+    ways: dict[str, Callable[[], Choice]] = {"free": lambda: Choice(tokenizer)}
     if with_schema:
         import llguidance.hf
 
-        engine = llguidance.hf.from_tokenizer(tokenizer)
-    rows = []
-    for group in each_group(conversations, params.group_conversations, "predict"):
-        names, read = turn_names(group), read_turns(model, [encoded for _, _, encoded in group])
-        ways = {"free": Choice(tokenizer)}
-        if with_schema:
-            ways["schema"] = SchemaChoice(tokenizer, engine, schema, len(names))
-        for decoding, choice in ways.items():
-            rows += [{"conversation_id": name, "number": number, "decoding": decoding, "raw": reply.text, "other": reply.other}
-                     for (name, number), reply in zip(names, decoder.decode(read, choice), strict=True)]
+        engine, schema = llguidance.hf.from_tokenizer(tokenizer), action_json_schema(bounded=True)
+        ways["schema"] = lambda: SchemaChoice(tokenizer, engine, schema)
+    encoded, rows = [item[2] for item in conversations], []
+    decoder = TurnDecoder(model, tokenizer, params.max_new_tokens, params.turns_at_once)
+    with tqdm(total=sum(len(each.spans) for each in encoded), desc="predict", unit="turn", file=sys.stderr) as bar:
+        for at, by_way in decoder.decode(encoded, list(ways.values())):
+            rows += [{"conversation_id": conversations[at][1], "number": number, "decoding": decoding, "raw": reply.text, "other": reply.other}
+                     for decoding, replies in zip(ways, by_way, strict=True) for number, reply in enumerate(replies)]
+            bar.update(len(by_way[0]))
     return rows
 
 
@@ -80,13 +78,11 @@ def main() -> None:
     held_out = read_table(HELD_OUT, Verified)
 
     import polars as pl
-    import torch
 
     tokenizer = load_tokenizer(student)
     model = load_base(student).eval() if which == "base" else load_student(student, ADAPTER)
     started = time.monotonic()
-    with torch.inference_mode():
-        replies = decode_all(encode_table(held_out, Encoder(tokenizer)), model, tokenizer, params, which == "base")
+    replies = decode_all(encode_table(held_out, Encoder(tokenizer)), model, tokenizer, params, which == "base")
     seconds = time.monotonic() - started
     table = pl.DataFrame(replies, schema_overrides={"other": pl.String}).with_columns(pl.lit(which).alias("model"))
     write_table(BASE_REPLIES if which == "base" else STUDENT_REPLIES, table.sort("conversation_id", "number", "decoding"), Replies)

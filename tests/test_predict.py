@@ -1,4 +1,4 @@
-"""Batched decoding from shared slices gives what decoding one turn at a time gives; with the real base model."""
+"""Decoding all turns side by side gives what decoding one turn at a time gives; with the real base model."""
 
 import subprocess
 import sys
@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
-from agent.decode import Choice, SchemaChoice, TurnDecoder, groups, read_turns, turns
+from agent.decode import Choice, SchemaChoice, TurnDecoder
+from agent.prefill import Prefill
 from schemas.action import ActionError, ActionName, action_json_schema, parse_action
+from schemas.errors import InputError
 from tests.students import ALL, SYSTEM, base, encoder, tokenizer
 
 NEW = 24
@@ -24,23 +26,38 @@ def encoded():
     return [encoder().conversation(SYSTEM, messages) for messages in ALL.values()]
 
 
-def decode(choice, tokens=NEW):
-    return TurnDecoder(base(), tokenizer(), tokens).decode(read_turns(base(), encoded()), choice)
+def turns():
+    """(tokens before the turn) of every agent turn, conversation by conversation."""
+    return [e.ids[:start] for e in encoded() for start, _ in e.spans]
+
+
+def decode(*ways, tokens=NEW, at_once=64):
+    """What every way says at every turn."""
+    found = dict(TurnDecoder(base(), tokenizer(), tokens, at_once).decode(encoded(), ways))
+    assert found.keys() == set(range(len(ALL))), "every conversation comes out once"
+    return [[reply for number in sorted(found) for reply in found[number][way]] for way in range(len(ways))]
+
+
+def greedy():
+    return Choice(tokenizer())
+
+
+def patient():
+    return Patient(tokenizer())
 
 
 @pytest.fixture(scope="module")
 def decoded():
-    return [reply.text for reply in decode(Patient(tokenizer()))]
+    return [reply.text for reply in decode(patient)[0]]
 
 
 def test_every_agent_turn_is_decoded(decoded):
-    assert [(turn.row, turn.start) for turn in turns(encoded())] == [(row, start) for row, e in enumerate(encoded()) for start, _ in e.spans]
-    assert len(decoded) == 7
+    assert len(decoded) == len(turns()) == 7
 
 
-def test_batched_decoding_equals_generate_one_by_one(decoded):
-    for turn, text in zip(turns(encoded()), decoded, strict=True):
-        prompt = torch.tensor([encoded()[turn.row].ids[:turn.start]])
+def test_decoding_side_by_side_equals_generate_one_by_one(decoded):
+    for before, text in zip(turns(), decoded, strict=True):
+        prompt = torch.tensor([before])
         with torch.inference_mode():
             out = base().generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False,
                                   pad_token_id=tokenizer().pad_token_id)
@@ -48,8 +65,36 @@ def test_batched_decoding_equals_generate_one_by_one(decoded):
         assert text == alone, "a near-tie may flip with the order of additions; these do not"
 
 
+def test_what_runs_beside_a_turn_changes_nothing(decoded):
+    assert [reply.text for reply in decode(patient, at_once=1)[0]] == decoded, "one conversation after the other"
+    greedily, patiently = decode(greedy, patient, at_once=3)
+    assert [reply.text for reply in patiently] == decoded
+    assert greedily == decode(greedy)[0]
+
+
+def test_a_decoder_can_be_used_again_and_leaves_the_model_as_it_was(decoded):
+    decoder, before = TurnDecoder(base(), tokenizer(), NEW, 64), base().config._attn_implementation
+    for _ in range(2):
+        found = dict(decoder.decode(encoded(), [patient]))
+        assert [reply.text for number in sorted(found) for reply in found[number][0]] == decoded
+    assert base().config._attn_implementation == before
+
+
+def test_nothing_to_decode_is_no_error():
+    assert list(TurnDecoder(base(), tokenizer(), NEW, 64).decode([], [greedy])) == []
+
+
+def test_a_model_whose_memory_is_no_list_of_keys_is_refused():
+    from transformers import AutoModelForCausalLM, Qwen2Config
+    tiny = AutoModelForCausalLM.from_config(Qwen2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        use_sliding_window=True, sliding_window=8, max_window_layers=1))
+    with pytest.raises(InputError, match="sliding-window attention"):
+        Prefill(tiny)
+
+
 def test_giving_up_on_prose_changes_no_verdict(decoded):
-    for long, short in zip(decoded, (reply.text for reply in decode(Choice(tokenizer()))), strict=True):
+    for long, short in zip(decoded, (reply.text for reply in decode(greedy)[0]), strict=True):
         assert long.startswith(short)
         if long != short:
             with pytest.raises(ActionError):
@@ -70,26 +115,16 @@ def test_under_the_schema_even_the_base_model_writes_valid_steps():
     import llguidance.hf
     engine = llguidance.hf.from_tokenizer(tokenizer())
     schema = action_json_schema(bounded=True)
-    read, decoder = read_turns(base(), encoded()), TurnDecoder(base(), tokenizer(), 176)
-    free = decoder.decode(read, Choice(tokenizer()))
-    constrained = decoder.decode(read, SchemaChoice(tokenizer(), engine, schema, len(read.turns)))
+    free, constrained = decode(greedy, lambda: SchemaChoice(tokenizer(), engine, schema), tokens=176)
     names = [name for name in ActionName if name != "escalate"]
-    for turn, reply in zip(read.turns, constrained, strict=True):
+    for before, reply in zip(turns(), constrained, strict=True):
         parse_action(reply.text)
         written = tokenizer()(reply.text.split('"action": "')[0] + '"action": "', add_special_tokens=False).input_ids
         with torch.inference_mode():
-            logits = base()(torch.tensor([encoded()[turn.row].ids[:turn.start] + written])).logits[0, -1]
+            logits = base()(torch.tensor([before + written])).logits[0, -1]
         begins = [tokenizer()('"action": "' + name, add_special_tokens=False).input_ids[4] for name in names]
         assert reply.other == names[int(logits[begins].argmax())]
     assert free != constrained
-    assert decoder.decode(read, Choice(tokenizer())) == free, "what has been read can be decoded from again"
-
-
-def test_groups_keep_companies_apart_and_lose_nothing():
-    rows = [(company, f"{company}{i}", e) for i in range(5) for company in ("a", "b") for e in encoded()]
-    cut = list(groups(rows, 4))
-    assert sorted(name for group in cut for _, name, _ in group) == sorted(name for _, name, _ in rows)
-    assert all(len({company for company, _, _ in group}) == 1 and len(group) <= 4 for group in cut)
 
 
 @pytest.mark.parametrize("words", [[], ["teacher"], ["base", "student"]])

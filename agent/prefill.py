@@ -1,0 +1,55 @@
+"""Reading conversations: every token once, and what they all begin with once for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from agent.encode import Encoded
+from agent.student import backbone, shares_prefix
+from schemas.errors import InputError
+
+
+class Prefill:
+    """Reads conversations with one model; a system prompt that has been read is kept.
+
+    One conversation at a time: on a CPU a longer batch is no faster, and it would be padded.
+
+    Args:
+        model: a causal language model in evaluation mode.
+
+    Raises:
+        InputError: the model has layers whose memory is no list of past keys and values, so that a beginning cannot be shared.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not shares_prefix(model):
+            raise InputError("the student has layers with linear or sliding-window attention; its agent turns cannot be decoded side by side",
+                             "choose student.weights with full attention in every layer, e.g. of the SmolLM2, Llama or Qwen3 families")
+        self._network, self._config = backbone(model), model.config
+        self._prefixes: dict[tuple[int, ...], Any] = {}
+
+    @torch.inference_mode()
+    def __call__(self, encoded: Encoded) -> tuple[torch.Tensor, Any]:
+        """Read one conversation.
+
+        Returns:
+            the last hidden state of every agent turn's prompt, shape (turns, H), and the cache of keys and values, (1, heads, S, D) a layer.
+        """
+        prefix = tuple(encoded.ids[:encoded.prefix])
+        if prefix not in self._prefixes:
+            self._prefixes[prefix] = self._read(list(prefix), self._empty())[1]
+        cache = self._empty()
+        for number, layer in enumerate(self._prefixes[prefix].layers):
+            cache.update(layer.keys, layer.values, number)
+        hidden, cache = self._read(encoded.ids[len(prefix):], cache)
+        return hidden[[start - len(prefix) - 1 for start, _ in encoded.spans]], cache
+
+    def _empty(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._config)
+
+    def _read(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
+        return self._network(input_ids=torch.tensor([ids]), cache=cache, use_cache=True).last_hidden_state[0], cache
