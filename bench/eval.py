@@ -133,6 +133,6 @@ def measure(options: argparse.Namespace) -> EvalPart:
         return [a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)]
 
     return EvalPart(
-        **here, missing=missing, model="student" if trained else "base", conversations=options.conversations, turns=counts, turns_per_s=speeds, different=different,
-        llama_weights=None if missing else options.llama_weights, vs_generate=ratio(against("generate")),
+        **here, missing=missing, model="student" if trained else "base", conversations=options.conversations, turns=counts, turns_per_s=speeds,
+        different=different, llama_weights=None if missing else options.llama_weights, vs_generate=ratio(against("generate")),
         vs_llama_cpp=None if missing else ratio(against("llama_cpp")))

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bench._measure import circumstances, ratio, watch
-from schemas.bench import Generation, Slots, TeacherGenPart
+from schemas.bench import Generation, Held, Slots, TeacherGenPart
 from schemas.errors import InputError
 
 LIMIT_S = 3600.0
@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--slots", type=int, nargs="+", default=[1, 32, 256], help="calls in flight at most")
     parser.add_argument("--calls-per-slot", type=int, default=10, help="how many calls follow each other on a slot")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--held", type=int, default=200, help="conversations held at an endpoint with a latency and so many slots")
+    parser.add_argument("--held-slots", type=int, default=32, help="calls that it answers at a time")
+    parser.add_argument("--held-latency-s", type=float, default=0.2, help="of each, seconds")
     parser.add_argument("--conversations", type=int, default=10_000, help="held at an endpoint that answers at once")
     parser.add_argument("--conversation-slots", type=int, default=32, help="calls in flight at most, for those")
 
@@ -39,12 +42,13 @@ def measure(options: argparse.Namespace) -> TeacherGenPart:
     """Calls at every number of slots, then conversations."""
     here = circumstances()
     levels = []
-    with server(options.latency_s, 0) as url:
+    with server(options.latency_s, 0, 0) as url:
         for slots in tqdm(options.slots, desc="teacher_gen: calls", unit="level", file=sys.stderr):
             levels.append(one_level(url, slots, options.calls_per_slot, options.latency_s, options.rounds))
-    with server(0.0, options.conversations) as url:
-        generation = Generation.model_validate(json.loads(work("conversations", url, options.conversation_slots, options.conversations)))
-    return TeacherGenPart(**here, latency_s=options.latency_s, levels=levels, generation=generation)
+    held = whole(options.held, options.held_slots, options.held_latency_s, options.rounds)
+    with server(0.0, 0, options.conversations) as url:
+        generation = hold(url, options.conversation_slots, options.conversations)
+    return TeacherGenPart(**here, latency_s=options.latency_s, levels=levels, held=held, generation=generation)
 
 
 def one_level(url: str, slots: int, calls_per_slot: int, latency_s: float, rounds: int) -> Slots:
@@ -55,6 +59,23 @@ def one_level(url: str, slots: int, calls_per_slot: int, latency_s: float, round
                  overhead_ms=statistics.median((taken - ideal) / calls_per_slot * 1000 for taken in seconds))
 
 
+def whole(conversations: int, slots: int, latency_s: float, rounds: int) -> Held:
+    """Whole conversations, against the time that their calls need at least."""
+    found = []
+    for _ in tqdm(range(rounds), desc="teacher_gen: conversations", unit="round", file=sys.stderr):
+        with server(latency_s, slots, conversations) as url:
+            found.append(hold(url, slots, conversations))
+    ideal = latency_s * max(found[0].calls / slots, found[0].longest)
+    seconds = [each.seconds for each in found]
+    return Held(conversations=conversations, calls=found[0].calls, slots=slots, latency_s=latency_s, ideal_s=ideal, seconds=seconds,
+                vs_ideal=ratio([ideal / taken for taken in seconds]))
+
+
+def hold(url: str, slots: int, conversations: int) -> Generation:
+    """Hold conversations once."""
+    return Generation.model_validate(json.loads(work("conversations", url, slots, conversations)))
+
+
 def work(what: str, url: str, slots: int, count: int) -> str:
     """The last line that bench._generation prints, with an empty store of responses."""
     with tempfile.TemporaryDirectory() as cache:
@@ -63,18 +84,18 @@ def work(what: str, url: str, slots: int, count: int) -> str:
 
 
 @contextmanager
-def server(delay_s: float, conversations: int) -> Iterator[str]:
+def server(delay_s: float, slots: int, conversations: int) -> Iterator[str]:
     """The address of bench._server for the time of a `with` block.
 
     Raises:
         InputError: it does not start.
     """
-    command = [sys.executable, "-m", "bench._server", str(delay_s), str(conversations)]
+    command = [sys.executable, "-m", "bench._server", str(delay_s), str(slots), str(conversations)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
         try:
             if not (address := process.stdout.readline().strip()):
-                raise InputError("the local server did not start", f"python -m bench._server {delay_s} {conversations} shows why")
+                raise InputError("the local server did not start", f"python -m bench._server {delay_s} {slots} {conversations} shows why")
             yield address
         finally:
             process.stdin.close()

@@ -90,6 +90,7 @@ class Generation(_Bench):
 
     conversations: Count
     calls: Count
+    longest: Count = Field(description="calls of the longest conversation")
     slots: Count
     seconds: Seconds
     calls_per_s: Rate
@@ -98,11 +99,24 @@ class Generation(_Bench):
     peak_mb: Megabytes
 
 
+class Held(_Bench):
+    """Whole conversations through teacher_gen, at an endpoint that answers so many calls at a time, each after a fixed latency."""
+
+    conversations: Count
+    calls: Count
+    slots: Count
+    latency_s: Seconds
+    ideal_s: Seconds = Field(description="calls / slots x latency, or the latencies of the longest conversation where they are more")
+    seconds: list[Seconds] = Field(description="by round")
+    vs_ideal: Ratio = Field(description="ideal over measured; 1 is ideal")
+
+
 class TeacherGenPart(Part):
     """What teacher_gen adds to the time that the endpoint takes."""
 
     latency_s: Seconds
     levels: list[Slots] = Field(min_length=1)
+    held: Held
     generation: Generation
 
 

@@ -128,9 +128,11 @@ async def hold_all(companies: dict[str, Company], params: TeacherGenParams, simu
                 bar.set_postfix_str(spend.progress(finished_usd / bar.n * len(jobs) if bar.n else 0.0), refresh=False)
                 return transcripts
 
+            # Those that promise to be longest first, so that the last ones to end are short (LPT; Graham 1969).
+            order = sorted(range(len(jobs)), key=lambda number: -sum(1 + len(turn.agent) for turn in jobs[number][1].turns))
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(job(company, scenario)) for company, scenario in jobs]
-    return [(company, scenario, task.result()) for (company, scenario), task in zip(jobs, tasks, strict=True)]
+                tasks = {number: group.create_task(job(*jobs[number])) for number in order}
+    return [(company, scenario, tasks[number].result()) for number, (company, scenario) in enumerate(jobs)]
 
 
 async def _attempts(company: Company, scenario: Scenario, kb: KnowledgeBase, attempts: int,

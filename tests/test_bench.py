@@ -138,13 +138,17 @@ def test_no_two_copied_scenarios_say_the_same_first(space):
 
 
 def test_calls_and_conversations_are_counted_and_timed(space):
-    words = ["teacher_gen", "--latency-s", "0.05", "--slots", "1", "3", "--calls-per-slot", "2", "--rounds", "2", "--conversations", "12"]
+    words = ["teacher_gen", "--latency-s", "0.05", "--slots", "1", "3", "--calls-per-slot", "2", "--rounds", "2", "--conversations", "12",
+             "--held", "6", "--held-slots", "2", "--held-latency-s", "0.02"]
     done = bench(*words)
     assert done.returncode == 0, done.stderr
     results = written()
     part = results.details.teacher_gen
     assert [(level.slots, level.calls, len(level.seconds)) for level in part.levels] == [(1, 2, 2), (3, 6, 2)]
     assert all(seconds >= level.ideal_s for level in part.levels for seconds in level.seconds), "calls overlapped more than they may"
+    held = part.held
+    assert held.ideal_s == pytest.approx(0.02 * held.calls / 2) and held.calls > 3 * 6
+    assert len(held.seconds) == 2 and all(seconds >= held.ideal_s for seconds in held.seconds), "the server answered more at a time than it may"
     assert part.generation.conversations == 12 and part.generation.calls > 3 * 12 and part.generation.peak_mb >= part.generation.start_mb
     assert results.teacher_gen_vs_ideal == min(level.vs_ideal.median for level in part.levels) <= 1
     assert not (space / ".cache/responses").exists()

@@ -1,0 +1,188 @@
+"""Train the student with several oversampling factors, and say which one the calibration turns choose.
+
+    python -m stages.sweep FACTOR ... [--seeds SEED ...] [--held-out]
+
+Reads   params.yaml, data/verify/{train,calibration,held_out}.parquet, dvc.lock with the adapter that the workspace has
+Writes  metrics/sweep.json, metrics/sweep/calibration.csv
+
+Not a stage: nothing depends on it, and it takes a training for every factor and seed. A student is trained as the pipeline
+trains it, by its own stages in a folder under .cache/sweep; what has been trained and decoded there is not done again, so a run
+that was stopped goes on. The factor is chosen on the calibration turns alone, by the rule in `calibrate`, as the student
+decodes. `--held-out` measures the held-out companies too, for the report: how far do seeds lie apart?
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from agent.encode import Encoder
+from agent.paths import CACHE
+from agent.student import StudentParams, load_student, load_tokenizer
+from schemas.errors import InputError
+from schemas.operating import Rule
+from schemas.sweep import SweepMetrics
+from schemas.tables import Replies, Verified
+from stages._conversations import encode_table
+from stages._rates import rate
+from stages._show import plain
+from stages._stage import PARAMS, load_params, read_table, run, say, write_metrics, write_table
+from stages._threshold import in_words
+from stages.calibrate import CalibrateParams
+from stages.eval_exact import CALIBRATION, HELD_OUT, gold_turns, parse_replies, score
+from stages.oversample import OVERSAMPLED, TRAIN, OversampleParams
+from stages.predict import PredictParams, decode_all
+from stages.qlora_train import ADAPTER, QloraTrainParams
+
+if TYPE_CHECKING:
+    import polars as pl
+
+SWEEP = CACHE / "sweep"
+METRICS = Path("metrics/sweep.json")
+CURVE = Path("metrics/sweep/calibration.csv")
+LOCK = Path("dvc.lock")
+ROOT = Path(__file__).parent.parent
+RATES = ("escalate_recall", "over_escalation", "action_accuracy", "valid_output")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a factor's students do at the calibration turns, summed over seeds."""
+
+    missed: int
+    handoffs: int
+    needless: int
+    others: int
+
+
+def best(outcomes: dict[int, Outcome], rule: Rule, cost_missed: float, cost_needless: float, max_over_escalation: float) -> int:
+    """The factor that the rule asks for; the smallest of several.
+
+    `max_over_escalation`: the fewest missed with at most that share of the other turns handed off; where no factor keeps to it,
+    the fewest needless. `expected_cost`: the least cost.
+    """
+    if rule is Rule.EXPECTED_COST:
+        return min(outcomes, key=lambda factor: (outcomes[factor].missed * cost_missed + outcomes[factor].needless * cost_needless, factor))
+    kept = {factor: (one.missed, one.needless) for factor, one in outcomes.items() if one.needless <= max_over_escalation * one.others}
+    order = kept or {factor: (one.needless, one.missed) for factor, one in outcomes.items()}
+    return min(order, key=lambda factor: (order[factor], factor))
+
+
+def trained(factor: int, seed: int) -> Path:
+    """The folder with the adapter of one factor and seed, trained if it is not there.
+
+    Raises:
+        InputError: a stage ended badly.
+    """
+    everything = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    everything["oversample"]["escalation_factor"], everything["qlora_train"]["seed"] = factor, seed
+    key = _digest([everything[section] for section in ("student", "qlora_train", "oversample")], TRAIN)
+    folder = SWEEP / f"factor{factor}-seed{seed}-{key}"
+    if (folder / ADAPTER / "adapter_config.json").is_file():
+        return folder
+    (folder / TRAIN).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(TRAIN, folder / TRAIN)
+    (folder / PARAMS).write_text(yaml.safe_dump(everything, allow_unicode=True), encoding="utf-8")
+    _run_stage("oversample", folder)
+    if workspace_has(folder / OVERSAMPLED, {section: everything[section] for section in ("student", "qlora_train")}):
+        shutil.copytree(ADAPTER, folder / ADAPTER)
+    else:
+        _run_stage("qlora_train", folder)
+    return folder
+
+
+def workspace_has(rows: Path, params: dict[str, Any]) -> bool:
+    """Whether the workspace's adapter was trained on these rows with these parameters, by its dvc.lock."""
+    if not (LOCK.is_file() and (ADAPTER / "adapter_config.json").is_file()):
+        return False
+    stage = yaml.safe_load(LOCK.read_text(encoding="utf-8")).get("stages", {}).get("qlora_train", {})
+    read = {dep["path"]: dep.get("md5") for dep in stage.get("deps", [])}
+    return (read.get(OVERSAMPLED.as_posix()) == hashlib.md5(rows.read_bytes()).hexdigest()
+            and stage.get("params", {}).get("params.yaml") == params)
+
+
+def _run_stage(stage: str, folder: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HANDOFF_CACHE": str(CACHE.resolve())}
+    if subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment, check=False).returncode:
+        raise InputError(f"{stage} did not end well in {folder}", "see above; the same command goes on from here")
+
+
+def _digest(what: Any, file: Path) -> str:
+    return hashlib.sha256(json.dumps([what, hashlib.sha256(file.read_bytes()).hexdigest()], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def replies(folder: Path, split: Path, params: PredictParams, student: StudentParams) -> pl.DataFrame:
+    """What a student says at every agent turn of a split, decoded if it has not been."""
+    import polars as pl
+
+    table = read_table(split, Verified)
+    path = folder / f"{split.stem}-{_digest(params.max_new_tokens, split)}.parquet"
+    if not path.is_file():
+        tokenizer = load_tokenizer(student)
+        rows = decode_all(encode_table(table, Encoder(tokenizer)), load_student(student, folder / ADAPTER), tokenizer, params, False)
+        write_table(path, pl.DataFrame(rows, schema_overrides={"other": pl.String}).with_columns(model=pl.lit("student")), Replies)
+    return gold_turns(table).join(parse_replies(read_table(path, Replies)), on=["conversation_id", "number"], how="inner")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m stages.sweep", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("factors", nargs="+", type=int, metavar="FACTOR", help="oversample.escalation_factor")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="qlora_train.seed; that of params.yaml where left out")
+    parser.add_argument("--held-out", action="store_true", help="measure the held-out companies too")
+    options = parser.parse_args()
+    if (least := min(options.factors)) < 1:
+        raise InputError(f"a factor of {least} is none", "factors are whole numbers from 1, e.g. python -m stages.sweep 1 2 4 8")
+    student, predict = load_params("student", StudentParams), load_params("predict", PredictParams)
+    calibrate = load_params("calibrate", CalibrateParams)
+    load_params("oversample", OversampleParams)
+    seeds = options.seeds or [load_params("qlora_train", QloraTrainParams).seed]
+    splits = [CALIBRATION, *([HELD_OUT] if options.held_out else [])]
+
+    runs: list[dict[str, Any]] = []
+    sums: dict[int, Outcome] = {}
+    for factor in sorted(set(options.factors)):
+        for seed in sorted(set(seeds)):
+            folder = trained(factor, seed)
+            found = {split.stem: score(replies(folder, split, predict, student), "student") for split in splits}
+            runs.append({"factor": factor, "seed": seed, **{
+                split: {name: rate(k, n) for name, (k, n) in rates.items()} for split, rates in found.items()}})
+            (caught, handoffs), (needless, others) = (found[CALIBRATION.stem][name] for name in ("escalate_recall", "over_escalation"))
+            before = sums.get(factor, Outcome(0, 0, 0, 0))
+            sums[factor] = Outcome(before.missed + handoffs - caught, before.handoffs + handoffs, before.needless + needless, before.others + others)
+            print(f"sweep: factor {factor}, seed {seed}: {caught} of {handoffs} hand-offs, {needless} of {others} needless", file=sys.stderr)
+    terms = calibrate.rule, calibrate.cost_missed, calibrate.cost_needless, calibrate.max_over_escalation
+    chosen = best(sums, *terms)
+    write_metrics(METRICS, {"rule": in_words(*terms), "chosen_on_calibration": chosen, "runs": runs}, SweepMetrics)
+    CURVE.parent.mkdir(parents=True, exist_ok=True)
+    with CURVE.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["factor", "seed", *RATES])
+        for one in runs:
+            shares = [one["calibration"][name] for name in RATES]
+            writer.writerow([one["factor"], one["seed"], *(round(share["k"] / max(1, share["n"]), 4) for share in shares)])
+    show(runs)
+    say(f"sweep: the rule chooses factor {chosen}: {in_words(*terms)} Set oversample.escalation_factor: {chosen} in params.yaml, then dvc repro")
+
+
+def show(runs: list[dict[str, Any]]) -> None:
+    """The table on standard output."""
+    for split in (CALIBRATION.stem, HELD_OUT.stem):
+        if measured := [one for one in runs if split in one]:
+            print(split)
+            print(plain([["factor", "seed", *RATES], *([str(one["factor"]), str(one["seed"]), *(
+                f"{one[split][name]['k']}/{one[split][name]['n']}" for name in RATES)] for one in measured)]) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)
