@@ -1,0 +1,77 @@
+"""README's study: its two commits exist, hold what README says of them, and compare in a clone without a remote."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.helpers import documented
+from tests.layout import ROOT
+
+RATES = ("escalate_recall", "over_escalation", "action_accuracy", "valid_output")
+NAMED = re.findall(r"^\| (v2(?:\.1)?) \| `([0-9a-f]{7,40})` \| (\d+) \| (.*) \|$", documented("The study"), re.MULTILINE)
+STUDY = {name: commit for name, commit, _, _ in NAMED}
+
+
+def git(*words, cwd=ROOT):
+    return subprocess.run(["git", *words], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+pytestmark = pytest.mark.skipif(git("rev-parse", "--is-shallow-repository").stdout.strip() != "false", reason="without the history there is no study")
+
+
+def at(commit, path):
+    shown = git("show", f"{commit}:{path}")
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
+
+
+def counts(commit):
+    """rate -> (k, n) of the student, both held-out companies together."""
+    companies = json.loads(at(commit, "metrics/eval_exact_counts.json")).values()
+    return {rate: tuple(sum(models["student"][rate][key] for models in companies) for key in "kn") for rate in RATES}
+
+
+def test_readme_names_both_revisions():
+    assert [name for name, *_ in NAMED] == ["v2", "v2.1"]
+    assert git("merge-base", "--is-ancestor", STUDY["v2"], STUDY["v2.1"]).returncode == 0, "first v2, then v2.1"
+
+
+@pytest.mark.parametrize("name, commit, factor, cells", NAMED)
+def test_a_revision_holds_what_readme_says(name, commit, factor, cells):
+    assert yaml.safe_load(at(commit, "params.yaml"))["oversample"]["escalation_factor"] == int(factor)
+    assert (factor == "1") == (name == "v2")
+    assert cells.split(" | ") == ["{}/{}".format(*counts(commit)[rate]) for rate in RATES]
+    lock = yaml.safe_load(at(commit, "dvc.lock"))["stages"]
+    assert lock["oversample"]["params"]["params.yaml"]["oversample"]["escalation_factor"] == int(factor)
+    assert json.loads(at(commit, "metrics/oversample.json"))["escalation_factor"] == int(factor)
+
+
+def test_the_factor_of_v2_1_is_the_one_that_calibration_chose():
+    sweep = json.loads((ROOT / "metrics/sweep.json").read_text(encoding="utf-8"))
+    assert dict((name, int(factor)) for name, _, factor, _ in NAMED)["v2.1"] == sweep["chosen_on_calibration"]
+
+
+def compared(clone, policy):
+    """rate -> the pooled row of the student."""
+    sides = [f"{STUDY[name]}:{policy}" for name in ("v2", "v2.1")]
+    done = subprocess.run([sys.executable, "-m", "stages.compare", *sides, "--format", "json", "--no-judge"], cwd=clone, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {row["rate"]: row for row in json.loads(done.stdout)["rows"] if (row["company"], row["model"]) == ("pooled", "student")}
+
+
+def test_the_two_compare_in_a_clone_without_a_remote(tmp_path):
+    clone = tmp_path / "clone"
+    assert git("clone", "--quiet", f"file://{ROOT}", str(clone)).returncode == 0
+    plain, before, after = compared(clone, "plain"), counts(STUDY["v2"]), counts(STUDY["v2.1"])
+    for rate in RATES[:3]:
+        assert (plain[rate]["k_a"], plain[rate]["n"]) == before[rate] and (plain[rate]["k_b"], plain[rate]["n"]) == after[rate]
+    tuned = compared(clone, "tuned")
+    assert all(tuned[rate]["gained"] == tuned[rate]["lost"] == 0 for rate in RATES[:2]), "they share the score, so they hand off the same turns"
+    diff = subprocess.run([sys.executable, "-m", "dvc", "metrics", "diff", STUDY["v2"], STUDY["v2.1"]], cwd=clone, capture_output=True, text=True,
+                          check=False)
+    assert diff.returncode == 0 and "escalate_recall" in diff.stdout, diff.stderr
