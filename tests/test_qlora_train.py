@@ -253,7 +253,7 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_alike(workspace, tmp_pat
     out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     metrics_again, curve_again, latest_again, tokens_again = reported(workspace, out)
-    assert metrics_again == pytest.approx(metrics, rel=1e-4)
+    assert metrics_again == metrics | {"train_loss": pytest.approx(metrics["train_loss"], rel=1e-4)}
     assert curve_again[0] == curve[0] and numbers(curve_again) == pytest.approx(numbers(curve), rel=1e-4)
     assert latest_again["train"]["loss"] == pytest.approx(latest["train"]["loss"], rel=1e-4) and latest_again["step"] == latest["step"]
     assert 0 < tokens_again < tokens, "only the tokens since the checkpoint were read"
