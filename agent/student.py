@@ -106,8 +106,9 @@ def load_tokenizer(params: StudentParams) -> Any:
     """
     from transformers import AutoTokenizer
 
+    folder = weights_folder(params.weights)
     with _loading(params.weights):
-        return AutoTokenizer.from_pretrained(weights_folder(params.weights))
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def load_base(params: StudentParams) -> Any:
@@ -123,9 +124,10 @@ def load_base(params: StudentParams) -> Any:
 
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    folder = weights_folder(params.weights)
     with warnings.catch_warnings(), _loading(params.weights):
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(weights_folder(params.weights), quantization_config=nf4, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype)
     if params.unpack_once:
         _unpack(model)
     return model

