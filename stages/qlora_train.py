@@ -8,7 +8,7 @@ so their common system prompt is computed once; the language-model head runs at 
 the first layer with an adapter never changes, so it is computed once for all epochs. A conversation that stands in the
 table several times is read once an epoch and weighs as much as all its copies: the gradient of a batch that holds them
 all. A killed run goes on from its last whole checkpoint, kept outside every DVC output, and reports what it would have
-reported unharmed; only `train` in metrics/qlora_train/metrics.json and the tok/s are those of the last part.
+reported unharmed; only the run time in metrics/qlora_train/metrics.json and the tok/s are those of its last part.
 """
 
 from __future__ import annotations
