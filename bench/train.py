@@ -98,6 +98,8 @@ def timed(trainer: Any) -> tuple[float, float]:
 
 def our_round(model: Any, setting: Setting, batches: list[list[Example]], folder: Path) -> tuple[float, float]:
     """One pass over batches with the stage's trainer: seconds, with the layers that carry no adapter, and the mean loss."""
+    from transformers import TrainerState
+
     from agent.student import only_layers, shares_prefix
     from stages.qlora_train import Reader, make_trainer
 
@@ -108,7 +110,7 @@ def our_round(model: Any, setting: Setting, batches: list[list[Example]], folder
         reader.freeze(model, batches, first)
     frozen = time.monotonic() - started
     with only_layers(model, first, layers) if first else nullcontext():
-        seconds, loss = timed(make_trainer(model, setting.tokenizer, batches, reader, setting.params, folder))
+        seconds, loss = timed(make_trainer(model, setting.tokenizer, batches, reader, setting.params, folder, TrainerState()))
     return frozen + seconds, loss
 
 

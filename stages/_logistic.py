@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
+
+from tqdm import tqdm
 
 from schemas.errors import InputError
 
@@ -59,7 +62,8 @@ def best_strength(features: Any, handoff: Any, companies: Any) -> tuple[float, f
         handoff: which of the n turns hand off.
         companies: the company of each.
     """
-    auc = {strength: left_out_auc(partial(logistic, strength), features, handoff, companies) for strength in STRENGTHS}
+    auc = {strength: left_out_auc(partial(logistic, strength), features, handoff, companies)
+           for strength in tqdm(STRENGTHS, desc="hand-off score: regularisation", unit="strength", file=sys.stderr)}
     best = max(auc, key=lambda strength: (auc[strength], -strength))
     return best, auc[best]
 

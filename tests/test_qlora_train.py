@@ -1,6 +1,9 @@
 """Real NF4 weights, real adapters, a few short conversations."""
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +15,25 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from agent.student import load_base, only_layers, read_rows
 from schemas.errors import InputError
 from schemas.tables import Oversampled
 from stages._conversations import encode_table
 from stages._stage import write_table
-from stages.qlora_train import Example, Reader, adapted, check_encoded, collate, count_copies, make_batches, supervised_nll
+from stages.qlora_train import (
+    Example,
+    Reader,
+    adapted,
+    check_encoded,
+    collate,
+    count_copies,
+    last_checkpoint,
+    make_batches,
+    mean_loss,
+    supervised_nll,
+)
 from tests.students import ALL, HANDOFF, LONG, SEARCH, STUDENT, SYSTEM, base, customer, encoder, table
 
 ROOT = Path(__file__).parent.parent
@@ -165,7 +180,9 @@ def workspace(tmp_path):
 
 
 def start(workspace, cache):
-    code = "import stages.qlora_train as q; q.CHECKPOINT_EVERY = 2; q.main()"
+    """The stage, with checkpoints soon and a clock on which a run takes a second, so that its tok/s are the tokens that it read."""
+    code = ("import itertools, types, stages.qlora_train as q; q.LOG_EVERY, q.CHECKPOINT_EVERY = 2, 4; "
+            "q.time = types.SimpleNamespace(monotonic=itertools.count().__next__); q.main()")
     weights = Path(os.environ.get("HANDOFF_CACHE", ROOT / ".cache")) / "weights"
     cache.mkdir(exist_ok=True)
     if not (cache / "weights").exists():
@@ -174,12 +191,47 @@ def start(workspace, cache):
         **os.environ, "PYTHONPATH": str(ROOT), "HANDOFF_CACHE": str(cache), "HF_HUB_OFFLINE": "1"})
 
 
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over_and_deleted(tmp_path):
+    assert last_checkpoint(tmp_path)[0] is None
+    for step in (4, 12, 16, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (4, 12):
+        TrainerState(global_step=step).save_to_json(tmp_path / f"checkpoint-{step}/trainer_state.json")
+    (tmp_path / "checkpoint-16/trainer_state.json").write_text('{"global_step": 1')
+    checkpoint, before = last_checkpoint(tmp_path)
+    assert checkpoint == str(tmp_path / "checkpoint-12") and before.global_step == 12
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-12"}
+
+
+def test_the_mean_loss_of_a_resumed_run_is_that_of_all_its_steps():
+    losses = [3.0, 1.0, 2.0, 5.0, 4.0, 7.0, 9.0]
+    logged = [{"loss": 2.0, "step": 2}, {"loss": 3.5, "step": 4}]
+    before = TrainerState(global_step=4, log_history=logged)
+    assert mean_loss(before, sum(losses[4:]) / 3, 7) == pytest.approx(sum(losses) / 7)
+    assert mean_loss(TrainerState(), 0.1, 7) == 0.1
+    assert mean_loss(TrainerState(global_step=5, log_history=logged), 0.0, 5) == pytest.approx(sum(losses[:4]) / 4), "the fifth is not known"
+
+
+def reported(workspace, out):
+    """What a run leaves besides the adapter: its metrics, its curve, how many tokens it read."""
+    metrics = json.loads((workspace / "metrics/qlora_train.json").read_text())
+    curve = (workspace / "metrics/qlora_train/plots/metrics/loss.tsv").read_text().splitlines()
+    latest = json.loads((workspace / "metrics/qlora_train/metrics.json").read_text())
+    return metrics, curve, latest, int(re.search(r"(\d+) tok/s", out)[1])
+
+
+def numbers(curve):
+    return [float(cell) for row in curve[1:] for cell in row.split("\t")]
+
+
 def test_a_killed_run_goes_on_where_it_stopped_and_ends_alike(workspace, tmp_path_factory):
     base()  # the weights are converted by now
     whole = start(workspace, tmp_path_factory.mktemp("whole"))
     out, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err
     assert "qlora_train: 12 conversations" in out
+    metrics, curve, latest, tokens = reported(workspace, out)
+    assert tokens == metrics["tokens"] and curve[0] == "step\tloss" and len(curve) == 1 + metrics["steps"] // 2
     folder = workspace / "models/qlora_train"
     adapter = load_file(folder / "adapter_model.safetensors")
 
@@ -192,9 +244,19 @@ def test_a_killed_run_goes_on_where_it_stopped_and_ends_alike(workspace, tmp_pat
     victim.communicate()
     assert list(cache.glob("checkpoints/*/checkpoint-*")), "it was killed after a checkpoint"
 
+    for output in ("models", "metrics"):
+        shutil.rmtree(workspace / output)  # as DVC does before it runs a stage
+    whole_one = next(cache.glob("checkpoints/*/checkpoint-*"))
+    shutil.copytree(whole_one, unfinished := whole_one.with_name("checkpoint-1000"))
+    (unfinished / "trainer_state.json").unlink()
     again = start(workspace, cache)
-    _, err = again.communicate(timeout=300)
+    out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
+    metrics_again, curve_again, latest_again, tokens_again = reported(workspace, out)
+    assert metrics_again == metrics | {"train_loss": pytest.approx(metrics["train_loss"], rel=1e-4)}
+    assert curve_again[0] == curve[0] and numbers(curve_again) == pytest.approx(numbers(curve), rel=1e-4)
+    assert latest_again["train"]["loss"] == pytest.approx(latest["train"]["loss"], rel=1e-4) and latest_again["step"] == latest["step"]
+    assert 0 < tokens_again < tokens, "only the tokens since the checkpoint were read"
     resumed = load_file(workspace / "models/qlora_train/adapter_model.safetensors")
     assert all(torch.allclose(adapter[name], resumed[name], atol=1e-5) for name in adapter)
     assert not list(cache.glob("checkpoints/*")), "checkpoints go once the adapter stands"

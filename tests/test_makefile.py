@@ -1,0 +1,35 @@
+"""What make itself tells, with programs that do nothing in place of pip and dvc."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.layout import ROOT
+
+
+@pytest.fixture
+def make(tmp_path):
+    """The Makefile beside a .venv whose programs leave `dvc exp remove` as the only one that fails."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.txt", "requirements-dev.txt", "constraints.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name in ("python", "pip", "dvc"):
+        program = tmp_path / ".venv/bin" / name
+        program.write_text('#!/bin/sh\ntest "$1 $2" != "exp remove"\n')
+        program.chmod(0o755)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return lambda target: subprocess.run(["make", target], cwd=tmp_path, env=plain, capture_output=True, text=True, check=False)
+
+
+def test_the_first_quick_run_has_no_experiment_to_remove_and_no_error(make):
+    done = make("quick")
+    assert done.returncode == 0 and done.stderr == "" and "exp run --temp --name quick" in done.stdout
+
+
+def test_every_installation_is_told_before_it_begins(make):
+    lines = make("lint").stdout.splitlines()
+    installed = [at for at, line in enumerate(lines) if line.startswith("pip install")]
+    assert installed and all(lines[at - 1].startswith("installing ") and "minute" in lines[at - 1] for at in installed)
