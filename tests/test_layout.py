@@ -173,8 +173,9 @@ def test_dvc_draws_one_picture_a_plot(tmp_path):
         (name, of), = plot.items()
         rows = spec["data"]["values"]
         assert all(of["x"] in row for row in rows)
-        files = of["y"] if isinstance(of["y"], dict) else [name]
-        assert len(rows) == sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) - 1 for path in files)
+        drawn_of = of["y"] if isinstance(of["y"], dict) else {name: of["y"]}
+        assert len(rows) == sum((len((ROOT / path).read_text(encoding="utf-8").splitlines()) - 1) * (len(fields) if isinstance(fields, list) else 1)
+                                for path, fields in drawn_of.items())
 
 
 @pytest.mark.parametrize("path", ["models/qlora_train", "data/oversample/train.parquet"])
