@@ -106,24 +106,25 @@ def predictions(**columns):
     """A Predictions table of every agent turn of tests/students.py, answered as the gold step is, by both models."""
     gold = gold_turns(table()).with_columns(p_escalate=pl.lit(0.25))
     texts = [text for text, role in table().select("content", "role").iter_rows() if role == "agent"]
-    both = [parse_replies(gold.with_columns(raw=pl.Series(texts), model=pl.lit(model), decoding=pl.lit(decoding)))
+    both = [parse_replies(gold.with_columns(raw=pl.Series(texts), other=pl.lit("reply"), model=pl.lit(model), decoding=pl.lit(decoding)))
             for model, decoding in (("base", "schema"), ("student", "free"))]
     return pl.concat(both).with_columns(**columns)
 
 
-def test_a_judge_who_says_nothing_usable_is_warned_of(tmp_path, capsys):
-    """The simulated judge knows no such conversation, so every turn is unscored and `acceptable` is 0 of 0."""
-    workspace(tmp_path)
-    with inside(tmp_path):
+def test_a_judge_who_says_nothing_usable_is_warned_of(tmp_path, monkeypatch, capsys):
+    """Every turn is unscored, so `acceptable` is 0 of 0."""
+    monkeypatch.setattr(endpoint, "RESPONSES", tmp_path / "responses")
+    with hostile(lambda *_: "perhaps") as server, inside(tmp_path):
+        workspace(tmp_path, eval_judge={"judge": elsewhere(server.url, api_key_env=None)})
         write_table(eval_judge.HELD_OUT, table(), Verified)
         write_table(eval_judge.PREDICTIONS, predictions(), Predictions)
         eval_judge.main()
         measured = json.loads(eval_judge.METRICS.read_text())["teashop"]["student"]
         counted = JudgeCounts.model_validate_json(eval_judge.COUNTS.read_text())
     result, *warnings = capsys.readouterr().out.splitlines()
-    assert result.startswith("eval_judge by simulator, base -> student: teashop acceptable 0/0 -> 0/0, ")
+    assert result.startswith(f"eval_judge by {counted.judge}, base -> student: teashop acceptable 0/0 -> 0/0, ")
     assert warnings == ["warning: teashop: no turn counts for acceptable of base and student: the 0.0 in the metrics is 0 of 0"]
-    assert measured["acceptable"] == 0.0 and measured["unscored"] == 1.0 and counted.judge == "simulator"
+    assert measured["acceptable"] == 0.0 and measured["unscored"] == 1.0
 
 
 @pytest.mark.parametrize("change", [{"conversation_id": pl.lit("teashop/another/0")}, {"index": pl.col("index") - 1}])
