@@ -18,10 +18,12 @@ export PYTHONWARNINGS ?= ignore::FutureWarning
 .PHONY: repro quick estimate cache gate test bench lint pr-comment
 
 repro: $(BIN)/.installed
+	python -m stages.check
 	dvc repro
 	python -m stages.table
 
 quick: $(BIN)/.installed
+	python -m stages.check
 	@dvc exp remove --quiet quick 2>/dev/null || true
 	dvc exp run --temp --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2 -S predict.max_new_tokens=96
 	python -m stages.table --rev quick

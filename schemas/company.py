@@ -2,7 +2,8 @@
 
     company.yaml  policy.md  articles/<name>.md  scenarios/*.yaml
 
-People edit these files by hand, so every fault is reported with the file, the field and a hint.
+People edit these files by hand, so every fault is reported with the file, the field and a hint. A file that would not be
+read is a fault too: nothing that somebody wrote is left out in silence.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from schemas.action import TOOLS, Action, ActionName, HandoffReason, make_action
 from schemas.errors import InputError
 
 COMPANIES = Path("data/companies")
+RESERVED = frozenset({"cost", "judge", "pooled", "rule", "threshold", "training"})
+"""Keys that stand beside the companies' in metrics files: a company of that name would overwrite one."""
 _M = TypeVar("_M", bound=BaseModel)
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -188,8 +191,24 @@ class Company(_Strict):
 
 
 def company_slugs(root: Path = COMPANIES) -> list[str]:
-    """The folders under data/companies/ that hold a company.yaml, sorted."""
+    """The folders under data/companies/ that hold a company.yaml, sorted.
+
+    Raises:
+        InputError: a folder holds other parts of a company and no company.yaml.
+    """
+    for folder in sorted(root.glob("[!.]*/")):
+        parts = [name for name in ("company.yml", "policy.md", "articles", "scenarios") if (folder / name).exists()]
+        if parts and not (folder / "company.yaml").is_file():
+            raise InputError(f"{folder}/company.yaml does not exist, but {folder / parts[0]} does: the folder would not be used",
+                             "add company.yaml, with exactly that name, or move the folder elsewhere")
     return sorted(path.parent.name for path in root.glob("*/company.yaml"))
+
+
+def slug_fault(name: str) -> str | None:
+    """Why a name cannot be a company's slug, or None if it can."""
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        return f"{name!r} is no slug: small letters, digits, hyphens"
+    return f"'{name}' is a key of metrics files" if name in RESERVED else None
 
 
 def company_files(slug: str, root: Path = COMPANIES) -> list[Path]:
@@ -197,6 +216,15 @@ def company_files(slug: str, root: Path = COMPANIES) -> list[Path]:
     folder = root / slug
     return [folder / "company.yaml", folder / "policy.md",
             *sorted(folder.glob("articles/*.md")), *sorted(folder.glob("scenarios/*.yaml"))]
+
+
+def _refuse_what_is_not_read(folder: Path) -> None:
+    known = set(company_files(folder.name, folder.parent))
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path not in known and not hidden and not path.is_dir():
+            raise InputError(f"{path} is none of a company's files and would not be read",
+                             "those are company.yaml, policy.md, articles/<name>.md and scenarios/<name>.yaml: rename it or take it out")
 
 
 def load_companies(root: Path = COMPANIES) -> dict[str, Company]:
@@ -215,12 +243,15 @@ def load_company(slug: str, root: Path = COMPANIES) -> Company:
     """Read and check one company folder.
 
     Raises:
-        InputError: a file is missing or broken; says which, the field, and what to do.
+        InputError: a file is missing, broken or none of a company's, or the folder's name is no slug; says which, the field, and what to do.
     """
     folder = root / slug
     if not (folder / "company.yaml").is_file():
         raise InputError(f"unknown company '{slug}': {folder}/company.yaml does not exist",
                          f"companies here: {', '.join(company_slugs(root)) or 'none'}")
+    if fault := slug_fault(slug):
+        raise InputError(f"{folder}: {fault}", f"rename the folder; other names than {', '.join(sorted(RESERVED))} are free")
+    _refuse_what_is_not_read(folder)
     profile = _validate(Profile, read_yaml(folder / "company.yaml"), folder / "company.yaml")
     policy = _read_text(folder / "policy.md").strip()
     if not policy:

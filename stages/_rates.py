@@ -38,3 +38,30 @@ def clustered_rate(outcome: pl.DataFrame) -> dict[str, Any]:
     hits = outcome["hit"].to_numpy()
     low, high = cluster_ratio(outcome["conversation_id"].to_list(), hits, np.ones(len(hits))) or (None, None)
     return {**rate(int(hits.sum()), len(hits)), "cluster_low": low, "cluster_high": high}
+
+
+Counts = dict[str, dict[str, dict[str, tuple[int, int]]]]
+"""company -> model -> rate -> (k, n)."""
+
+
+def shares(counts: Counts) -> dict[str, dict[str, dict[str, float]]]:
+    """company -> model -> rate -> k / n, and 0 for no turns: a metrics file of rates has no null."""
+    return {company: {model: {name: k / n if n else 0.0 for name, (k, n) in rates.items()} for model, rates in models.items()}
+            for company, models in counts.items()}
+
+
+def in_words(counts: Counts) -> str:
+    """Every rate of every company as `base -> student`, on one line."""
+    return "; ".join(f"{company} " + ", ".join(
+        f"{name} " + " -> ".join("{}/{}".format(*rates[name]) for rates in models.values()) for name in next(iter(models.values())))
+        for company, models in counts.items())
+
+
+def without_turns(counts: Counts) -> list[str]:
+    """A sentence for every rate that `shares` calls 0 because no turn counts for it."""
+    found = []
+    for company, models in counts.items():
+        for name in next(iter(models.values())):
+            if empty := [model for model, rates in models.items() if not rates[name][1]]:
+                found.append(f"{company}: no turn counts for {name} of {' and '.join(empty)}: the 0.0 in the metrics is 0 of 0")
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from schemas.company import slug_fault
 from schemas.errors import InputError
 from schemas.mapping import Mapping, load_mapping
 from schemas.recorded import Recorded, UnmappedReason
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TEACHER = "recorded"
 """What tables and metrics call the teacher of recorded conversations."""
-_SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 class RecordedParams(Params):
@@ -142,8 +141,8 @@ def _read(raw: bytes, mapping: Mapping, line: dict[str, Any], seen: set[str]) ->
         raise Unmapped(UnmappedReason.BROKEN_CONVERSATION, f"{'.'.join(map(str, place))}: {first['msg']}",
                        place[1] if len(place) > 1 and isinstance(place[1], int) else None) from None
     line["company"] = log.company
-    if not log.company or not _SLUG.fullmatch(log.company):
-        raise Unmapped(UnmappedReason.NO_COMPANY, f"{log.company!r} is no slug: small letters, digits, hyphens" if log.company else "none given")
+    if fault := slug_fault(log.company) if log.company else "none given":
+        raise Unmapped(UnmappedReason.NO_COMPANY, fault)
     # An absent id becomes a name made of the conversation, which stays when lines move.
     given = "" if log.conversation_id is None else str(log.conversation_id).strip()
     own = given or "unnamed-" + hashlib.sha256(json.dumps(data["messages"], sort_keys=True).encode()).hexdigest()[:12]

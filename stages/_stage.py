@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 PARAMS = Path("params.yaml")
+PIPELINE = Path("dvc.yaml")
 _P = TypeVar("_P", bound=BaseModel)
 
 
@@ -36,17 +37,27 @@ class DataParams(Params):
     scenarios_per_company: int = Field(ge=0, description="0 = all; a small number makes a slice for trying things out")
 
 
+def read_params(path: Path = PARAMS) -> dict[str, Any]:
+    """All of params.yaml, unchecked; empty where it is no mapping of sections.
+
+    Raises:
+        InputError: the file is missing or no YAML.
+    """
+    try:
+        everything = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}", "git checkout params.yaml brings the default back") from None
+    return everything if isinstance(everything, dict) else {}
+
+
 def load_params(section: str, model: type[_P], path: Path = PARAMS) -> _P:
     """One section of params.yaml.
 
     Raises:
         InputError: the file or the section is missing, a key is unknown, or a value has the wrong type.
     """
-    try:
-        everything = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {' '.join(str(error).split())}", "git checkout params.yaml brings the default back") from None
-    if not isinstance(everything, dict) or section not in everything:
+    everything = read_params(path)
+    if section not in everything:
         raise InputError(f"{path} has no section '{section}'", f"git diff {path} shows what changed")
     try:
         return model.model_validate(everything[section])
@@ -157,12 +168,33 @@ def say(text: str) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage's main; a user's mistake is one sentence and a hint on standard error, exit code 1."""
+    """Run a stage's main; a user's mistake is one sentence and a hint on standard error, exit code 1.
+
+    Under DVC, which removes a stage's outputs before it starts it, a second hint says how they come back.
+    """
     try:
         main()
     except InputError as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
+        if commands := _way_back(os.environ.get("DVC_STAGE", "")):
+            print(f"hint: DVC had removed the stage's outputs; those of an earlier run come back with: {commands}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _way_back(stage: str) -> str:
+    """The commands that restore a stage's outputs, from DVC's cache or from git; empty where DVC did not start us.
+
+    Args:
+        stage: as DVC names it, with its file in front where that is not the dvc.yaml of the directory.
+    """
+    if not stage or not PIPELINE.is_file():
+        return ""
+    name = stage.rpartition(":")[2]
+    declared = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"].get(name, {})
+    outputs = declared.get("outs", []) + declared.get("metrics", [])
+    in_git = [path for entry in outputs if isinstance(entry, dict) for path, options in entry.items() if options.get("cache") is False]
+    cached = [f"dvc checkout {name}"] if len(in_git) < len(outputs) else []
+    return "; ".join(cached + ([f"git checkout -- {' '.join(in_git)}"] if in_git else []))

@@ -274,16 +274,16 @@ def main() -> None:
             for model, point in points.items()},
         "held_out": found, "worst_company": {model: worst(by_company, model) for model in points}})
     write_plots(held_out, found[POOLED])
-    for company, models in by_company.items():
-        plain, at = (models["student"][name] for name in ("plain", "at_threshold"))
-        say(f"calibrate {company}: student recall {_change(plain, at, 'escalate_recall')}, over-escalation {_change(plain, at, 'over_escalation')}, "
-            f"{plain['expected_cost']['value']:.2f} -> {at['expected_cost']['value']:.2f} minutes a turn")
+    changes = "; ".join(f"{company} {_change(models['student'])}" for company, models in by_company.items())
+    say(f"calibrate, student as it decodes -> at the threshold: {changes}")
     for warning in warnings:
         say(f"warning: {warning}")
 
 
-def _change(plain: dict[str, Any], at: dict[str, Any], name: str) -> str:
-    return f"{plain[name]['k']}/{plain[name]['n']} -> {at[name]['k']}/{at[name]['n']}"
+def _change(of: dict[str, Any]) -> str:
+    plain, at = of["plain"], of["at_threshold"]
+    rates = [f"{name} {plain[name]['k']}/{plain[name]['n']} -> {at[name]['k']}/{at[name]['n']}" for name in ("escalate_recall", "over_escalation")]
+    return f"{', '.join(rates)}, {plain['expected_cost']['value']:.2f} -> {at['expected_cost']['value']:.2f} minutes a turn"
 
 
 if __name__ == "__main__":

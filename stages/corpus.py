@@ -21,6 +21,7 @@ from agent.protocol import system_prompt
 from agent.replay import reference_messages
 from schemas.action import TOOLS, ActionName
 from schemas.company import Company, Kind, load_company
+from schemas.corpus import CorpusMetrics
 from schemas.errors import InputError
 from stages._bag_of_words import bag_of_words_model
 from stages._logistic import ranking
@@ -117,8 +118,9 @@ def surface_auc(rows: list[dict[str, Any]]) -> dict[str, float]:
     first = [row for row in rows if not row["after_tool"]]
     result = {name: float(roc_auc_score(gold, [float(row[name]) for row in rows]))
               for name in ("last_words", "customer_turns", "position", "after_tool")}
-    result["last_words_same_kind"] = float(roc_auc_score([row["escalate"] for row in first], [row["last_words"] for row in first]))
-    result["position_same_kind"] = float(roc_auc_score([row["escalate"] for row in first], [row["position"] for row in first]))
+    gold = [row["escalate"] for row in first]
+    if len(set(gold)) == 2:
+        result |= {f"{name}_same_kind": float(roc_auc_score(gold, [row[name] for row in first])) for name in ("last_words", "position")}
     return {name: round(value, 3) for name, value in result.items()}
 
 
@@ -244,7 +246,7 @@ def main() -> None:
     if found:
         raise InputError(f"the corpus has {len(found)} faults, the first: {found[0]}", "python -m stages.corpus SLUG lists a company's")
     metrics = measure(companies, held_out)
-    write_metrics(METRICS, metrics)
+    write_metrics(METRICS, metrics, CorpusMetrics)
     bag = metrics['bag_of_words']['pooled'].get('auc', float('nan'))
     say(f"corpus: {len(companies)} companies, {metrics['scenarios']} scenarios, {metrics['agent_steps']} agent steps, no faults; "
         f"bag of words on held-out: AUC {bag:.2f}")

@@ -10,13 +10,14 @@ base model's under the JSON schema. A text that is not exactly one valid step is
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from schemas.action import ActionError, parse_action
+from schemas.counts import ExactCounts
 from schemas.errors import InputError
 from schemas.metrics import ExactMetrics
 from schemas.tables import SCORED, Calibration, Predictions, Replies, Scores, Verified
-from stages._rates import clustered_rate, outcomes
+from stages._rates import Counts, clustered_rate, in_words, outcomes, shares, without_turns
 from stages._stage import read_table, run, say, write_metrics, write_table
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def main() -> None:
     import polars as pl
 
     gold, calibration = gold_turns(read_table(HELD_OUT, Verified)), gold_turns(read_table(CALIBRATION, Verified))
+    if gold.is_empty():
+        raise InputError(f"{HELD_OUT} holds no conversation, so there is nothing to measure", "metrics/verify.json says what was rejected, and why")
     handoff_scores = read_table(HANDOFF_SCORES, Scores)
     replies = parse_replies(pl.concat([read_table(BASE_REPLIES, Replies), read_table(STUDENT_REPLIES, Replies)]))
     for model, decoding in (("base", "free"), ("base", "schema"), ("student", "free")):
@@ -98,15 +101,15 @@ def main() -> None:
     write_table(SCORES, calibration.sort("company", "conversation_id", "index"), Calibration)
     rows = gold.join(replies, on=["conversation_id", "number"], how="inner").sort("company", "conversation_id", "index", "model", "decoding")
     write_table(PREDICTIONS, rows, Predictions)
-    counts: dict[str, Any] = {company: {model: score(rows.filter(pl.col("company") == company), model) for model in SCORED}
-                              for company in sorted(gold["company"].unique())}
-    write_metrics(METRICS, {company: {model: {name: k / n if n else 0.0 for name, (k, n) in rates.items()} for model, rates in models.items()}
-                            for company, models in counts.items()}, ExactMetrics)
+    counts: Counts = {company: {model: score(rows.filter(pl.col("company") == company), model) for model in SCORED}
+                      for company in sorted(gold["company"].unique())}
+    write_metrics(METRICS, shares(counts), ExactMetrics)
     write_metrics(COUNTS, {company: {model: {name: clustered_rate(outcome) for name, outcome in
                                              scored(rows.filter(pl.col("company") == company), model).items()} for model in SCORED}
-                           for company in counts})
-    for company, models in counts.items():
-        say(f"eval_exact {company}: student " + ", ".join(f"{name} {k}/{n}" for name, (k, n) in models["student"].items()))
+                           for company in counts}, ExactCounts)
+    say(f"eval_exact, base -> student: {in_words(counts)}")
+    for warning in without_turns(counts):
+        say(f"warning: {warning}")
 
 
 if __name__ == "__main__":

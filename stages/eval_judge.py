@@ -24,11 +24,13 @@ from tqdm import tqdm
 from agent.endpoint import EndpointParams, open_endpoints
 from agent.responses import Completion
 from agent.spend import EndpointFailure, Spend
+from schemas.counts import JudgeCounts
+from schemas.errors import InputError
 from schemas.metrics import JudgeMetrics
 from schemas.tables import SCORED, Judgements, Predictions, Verified
-from schemas.traces import Message
+from schemas.traces import Message, Role
 from stages._conversations import Conversation, conversations
-from stages._rates import clustered_rate, outcomes
+from stages._rates import Counts, clustered_rate, in_words, outcomes, shares, without_turns
 from stages._simulated import simulator_for
 from stages._stage import (
     Params,
@@ -148,6 +150,10 @@ def main() -> None:
     predictions = read_table(PREDICTIONS, Predictions)
     wanted = predictions.filter(pl.col("decoding") == pl.col("model").replace_strict(SCORED))
     held = {conversation.name: conversation for conversation in conversations(read_table(HELD_OUT, Verified))}
+    turns = {(name, index) for name, of in held.items() for index, message in enumerate(of.messages) if message.role is Role.AGENT}
+    if strange := [f"{name}, message {index}" for name, index in wanted.select("conversation_id", "index").iter_rows() if (name, index) not in turns]:
+        raise InputError(f"{PREDICTIONS} has {len(strange)} turns that {HELD_OUT} does not, the first: {strange[0]}",
+                         "the predictions are of another table: dvc repro eval_exact")
     with simulator_for("judge", params.judge) as url:
         answers, cost = asyncio.run(judge_all(wanted.to_dicts(), held, params, url))
     judged = wanted.with_columns(pl.Series("answer", answers, dtype=pl.String),
@@ -155,14 +161,14 @@ def main() -> None:
     write_table(JUDGEMENTS, judged, Judgements)
     parts = {company: {model: judged.filter((pl.col("company") == company) & (pl.col("model") == model)) for model in SCORED}
              for company in sorted(wanted["company"].unique())}
-    counts = {company: {model: score(part) for model, part in models.items()} for company, models in parts.items()}
-    write_metrics(METRICS, {company: {model: {name: k / n if n else 0.0 for name, (k, n) in rates.items()} for model, rates in models.items()}
-                            for company, models in counts.items()}, JudgeMetrics)
+    counts: Counts = {company: {model: score(part) for model, part in models.items()} for company, models in parts.items()}
+    write_metrics(METRICS, shares(counts), JudgeMetrics)
     name = "simulator" if params.judge.simulated else params.judge.model
     write_metrics(COUNTS, {"judge": name, "cost": cost, **{company: {model: {key: clustered_rate(outcome) for key, outcome in scored(part).items()}
-                                                       for model, part in models.items()} for company, models in parts.items()}})
-    for company, models in counts.items():
-        say(f"eval_judge {company} ({name}): student " + ", ".join(f"{key} {k}/{n}" for key, (k, n) in models["student"].items()))
+                                                       for model, part in models.items()} for company, models in parts.items()}}, JudgeCounts)
+    say(f"eval_judge by {name}, base -> student: {in_words(counts)}")
+    for warning in without_turns(counts):
+        say(f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -231,6 +231,8 @@ def main() -> None:
         **{name: turn_counts(escalations(tables[name])) for name in ("train", "calibration", "held_out")}}
     write_metrics(METRICS, metrics, OriginVerifyMetrics)
     say(f"verify: {metrics['in']} in, {metrics['kept']} kept, {metrics['rejected']} rejected ({worst or 'none'})")
+    for company in sorted(held_out - set(tables["held_out"]["company"])):
+        say(f"warning: {company} is held out and none of its conversations was kept: the results have no row for it")
 
 
 if __name__ == "__main__":

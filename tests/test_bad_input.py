@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from schemas.action import make_action
+from schemas.errors import InputError
+from stages import check
 from tests.layout import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -111,6 +113,62 @@ def predictions():
 def test_a_wrong_parameter_is_named(work, stage, old, new, error):
     edit(work / "params.yaml", old, new)
     assert error in refused(work, stage)[0]
+
+
+@pytest.mark.parametrize("old, new, error", [
+    ("\noversample:", "\nspeed: 9\noversample:", "unknown section 'speed'"), ("\noversample:", "\noversampled:", "unknown section 'oversampled'"),
+    ("\n  judge:\n    unusable", "\n  juge:\n    unusable", "simulator.judge: Field required"),
+    ("broken_json: 0.01", "broken_json: 0.01\n    typos: 0.1", "unknown parameter 'simulator.actors.typos'"),
+    ("  compare_with: null", "  compare_with: null\n  against: v1", "unknown parameter 'report.against'"),
+    ("unpack_once: true", "unpack_once: yes please", "student.unpack_once"), ("[tearoom]", "[tearom]", "data.held_out names 'tearom'"),
+    ("source: endpoint", "source: recorded", "data/examples/mapping.yaml cannot be read"), ("", None, "scenarios/others.yml is none of"),
+])
+def test_a_mistake_is_found_before_anything_runs(work, monkeypatch, old, new, error):
+    if new is None:
+        (work / "data/companies/tearoom/scenarios/others.yaml").rename(work / "data/companies/tearoom/scenarios/others.yml")
+    else:
+        edit(work / "params.yaml", old, new)
+    monkeypatch.chdir(work)
+    with pytest.raises(InputError, match=re.escape(error)) as caught:
+        check.main()
+    assert caught.value.hint
+
+
+def test_the_check_says_one_line_and_its_exit_code(work):
+    done = run(work, "check")
+    sections = len(yaml.safe_load((work / "params.yaml").read_text()))
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == f"check: {sections} sections of params.yaml and 2 companies can be read\n"
+    edit(work / "params.yaml", "\noversample:", "\nspeed: 9\noversample:")
+    error, hint = refused(work, "check")
+    assert "unknown section 'speed'" in error and "oversample" in hint
+
+
+@pytest.mark.parametrize("target", ["repro", "quick"])
+def test_make_checks_before_it_calls_dvc(target):
+    plan = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert 0 < plan.index("python -m stages.check") < plan.index("dvc repro" if target == "repro" else "dvc exp")
+
+
+def test_what_dvc_removed_comes_back_with_the_commands_of_the_hint(work):
+    """A misspelt key that the stage itself finds, in a repository of its own with the one stage."""
+    put(work, TRAIN, table("teashop"))
+    stage = {**STAGES["oversample"], "deps": [TRAIN]}
+    (work / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"oversample": stage}}))
+    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")} | {"PYTHONPATH": str(ROOT), "DVC_NO_ANALYTICS": "1"}
+
+    def shell(line):
+        return subprocess.run(line, shell=True, cwd=work, env=env, capture_output=True, text=True, check=False)
+
+    who = "-c user.name=Nobody -c user.email=nobody@example.com"
+    assert shell(f"git init -q && dvc init -q && dvc repro oversample && git add . && git {who} commit -qm 'a run'").returncode == 0
+    paths = [work / "data/oversample/train.parquet", work / "metrics/oversample.json"]
+    before = [path.read_bytes() for path in paths]
+    edit(work / "params.yaml", "escalation_factor: 4", "escalation_facto: 4")
+    done = shell("dvc repro -s oversample")
+    assert done.returncode != 0 and "oversample.escalation_factor: Field required" in done.stderr
+    assert not any(path.exists() for path in paths), "else the hint is not needed"
+    commands = re.search("^hint: DVC had removed .* come back with: (.*)$", done.stderr, re.MULTILINE)[1]
+    assert shell(commands).returncode == 0 and [path.read_bytes() for path in paths] == before
 
 
 @pytest.mark.parametrize("content", [

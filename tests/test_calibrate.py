@@ -158,6 +158,14 @@ def test_the_area_and_the_recall_at_5_percent_are_those_of_counting(work):
     assert auc["recall_at_5_percent"] == pytest.approx(most, abs=1e-4)
 
 
+def test_the_result_is_one_line_and_the_rest_are_warnings(work):
+    result, *others = work[1].splitlines()
+    companies = [company for company in detail(work[0])["held_out"] if company != "pooled"]
+    assert result.startswith("calibrate, student as it decodes -> at the threshold: ") and len(companies) == 2
+    assert all(f" {company} escalate_recall " in result for company in companies)
+    assert others and all(line.startswith("warning: ") for line in others)
+
+
 def test_too_few_turns_are_said_on_stdout_and_in_the_file(work):
     assert any("north: 20 turns are too few to show a change of 10 points in escalate_recall" in text for text in detail(work[0])["warnings"])
     assert all(f"warning: {text}" in work[1] for text in detail(work[0])["warnings"])

@@ -1,11 +1,15 @@
 """A company folder is read whole or refused with the file, the field and a hint."""
 
+import json
+
 import pytest
 
 from schemas.action import ActionName
-from schemas.company import Cue, Kind, company_files, company_slugs, load_companies, load_company
+from schemas.company import RESERVED, Cue, Kind, company_files, company_slugs, load_companies, load_company
 from schemas.errors import InputError
 from stages.corpus import faults
+from tests.helpers import SLUGS
+from tests.layout import ROOT
 
 HANDOFF, OTHERS, COMPANY = "scenarios/handoff.yaml", "scenarios/others.yaml", "company.yaml"
 
@@ -42,6 +46,59 @@ def test_only_folders_with_a_company_yaml_are_companies(company_folder):
     (company_folder.parent / "draft").mkdir()
     (company_folder.parent / "README.md").write_text("notes")
     assert company_slugs(company_folder.parent) == list(load_companies(company_folder.parent)) == ["teashop"]
+
+
+@pytest.mark.parametrize("name", ["scenarios/more.yml", "articles/more.markdown", "articles/deep/more.md", "notes.txt", "README.md"])
+def test_a_file_that_would_not_be_read_is_refused(company_folder, name):
+    path = company_folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x")
+    error = refusal(company_folder)
+    assert str(path) in str(error) and "scenarios/<name>.yaml" in error.hint
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "scenarios/.others.yaml.swp", ".git/config"])
+def test_a_hidden_file_disturbs_nobody(company_folder, name):
+    path = company_folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x")
+    assert len(load_company("teashop", company_folder.parent).scenarios) == 3
+
+
+@pytest.mark.parametrize("name", ["company.yml", "policy.md", "articles", "scenarios"])
+def test_a_folder_with_parts_of_a_company_and_no_company_yaml_is_refused(company_folder, name):
+    half = company_folder.with_name("tearoom")
+    half.mkdir()
+    (half / name).mkdir() if "." not in name else (half / name).write_text("x")
+    with pytest.raises(InputError, match=r"tearoom/company\.yaml does not exist") as caught:
+        load_companies(company_folder.parent)
+    assert str(half / name) in str(caught.value) and caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["Teashop", "tea_shop", "tea shop", "teashöp", "-teashop", "tea--shop"])
+def test_a_folder_whose_name_is_no_slug_is_refused(company_folder, name):
+    assert "is no slug: small letters, digits, hyphens" in str(refusal(company_folder.rename(company_folder.with_name(name))))
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_a_company_is_not_called_as_a_key_of_the_metrics_files(company_folder, name):
+    assert f"'{name}' is a key of metrics files" in str(refusal(company_folder.rename(company_folder.with_name(name))))
+
+
+def test_the_keys_beside_the_companies_in_the_metrics_files_are_reserved():
+    """As the committed files have them, wherever a company's figures stand beside other keys."""
+    beside = set()
+
+    def walk(value):
+        if isinstance(value, dict):
+            if set(value) & set(SLUGS):
+                beside.update(set(value) - set(SLUGS))
+            for inner in value.values():
+                walk(inner)
+
+    for path in (ROOT / "metrics").glob("*.json"):
+        walk(json.loads(path.read_text(encoding="utf-8")))
+    assert beside == RESERVED
 
 
 def test_the_files_of_a_company_are_all_that_are_in_it(company_folder):

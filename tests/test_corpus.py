@@ -8,22 +8,23 @@ import pytest
 import yaml
 
 from schemas.action import HandoffReason
-from schemas.company import COMPANIES, Kind, load_companies, load_company
+from schemas.company import COMPANIES, Kind, load_company
 from schemas.errors import InputError
 from stages.corpus import BLIND_LABELS, bag_of_words, blind_agreement, decisions, faults, measure, opening_similarity, repeats, surface_auc
 from stages.verify import OneIn, split_of
 from tests.layout import ROOT
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-HELD_OUT = PARAMS["data"]["held_out"]
-SLUGS = sorted(path.parent.name for path in (ROOT / COMPANIES).glob("*/company.yaml"))
-TRAINING = [slug for slug in SLUGS if slug not in HELD_OUT]
+TRAINING = ["breadbox", "broadband", "energy", "furniture", "gym", "invoicing", "neobank", "petfood"]
+HELD_OUT = ["streaming", "travel"]
+SLUGS = [*TRAINING, *HELD_OUT]
+"""By name: a company that somebody adds promises nothing."""
 REASONS = {reason.value for reason in HandoffReason}
 
 
 @cache
 def corpus():
-    return load_companies(ROOT / COMPANIES)
+    return {slug: load_company(slug, ROOT / COMPANIES) for slug in SLUGS}
 
 
 @cache
@@ -33,10 +34,6 @@ def figures():
 
 def described(slug):
     return figures()["companies"][slug]
-
-
-def test_ten_companies_two_of_them_held_out():
-    assert len(SLUGS) == 10 and len(HELD_OUT) == 2 and len(TRAINING) == 8
 
 
 @pytest.mark.parametrize("slug", TRAINING)

@@ -1,10 +1,16 @@
 """Scores from replies that are known."""
 
+import json
+
 import polars as pl
 import pytest
 
-from schemas.tables import Predictions, Replies
+from schemas.counts import ExactCounts
+from schemas.errors import InputError
+from schemas.tables import Predictions, Replies, Scores, Verified
+from stages import eval_exact
 from stages._rates import rate
+from stages._stage import write_table
 from stages.eval_exact import gold_turns, parse_replies, score
 from tests.students import ALL, step, table
 
@@ -65,6 +71,34 @@ def test_the_base_model_is_scored_under_the_schema_but_for_valid_output():
 
 def test_replies_are_a_checked_table():
     Replies.validate(replies(perfect()))
+
+
+@pytest.mark.parametrize("kept, empty", [(list(ALL), []), (["search"], ["escalate_recall"]), (["handoff"], ["over_escalation"])])
+def test_the_stage_says_one_line_and_warns_of_a_rate_without_turns(tmp_path, monkeypatch, capsys, kept, empty):
+    monkeypatch.chdir(tmp_path)
+    gold, texts = table({name: ALL[name] for name in kept}), {name: perfect()[name] for name in kept}
+    handoff_scores = gold_turns(gold).select("conversation_id", "index").with_columns(p_escalate=pl.lit(0.25))
+    for path, frame, schema in (
+            (eval_exact.HELD_OUT, gold, Verified), (eval_exact.CALIBRATION, gold, Verified), (eval_exact.HANDOFF_SCORES, handoff_scores, Scores),
+            (eval_exact.BASE_REPLIES, pl.concat([replies(texts, "base", "free"), replies(texts, "base", "schema")]), Replies),
+            (eval_exact.STUDENT_REPLIES, replies(texts), Replies)):
+        write_table(path, frame, schema)
+    eval_exact.main()
+    result, *warnings = capsys.readouterr().out.splitlines()
+    assert result.startswith("eval_exact, base -> student: teashop action_accuracy ") and result.count(" -> ") == 5
+    assert warnings == [f"warning: teashop: no turn counts for {name} of base and student: the 0.0 in the metrics is 0 of 0" for name in empty]
+    measured = json.loads(eval_exact.METRICS.read_text())["teashop"]["student"]
+    assert [measured[name] for name in empty] == [0.0] * len(empty)
+    counted = ExactCounts.model_validate_json(eval_exact.COUNTS.read_text()).root["teashop"]["student"]
+    assert [name for name, of in counted if of.n == 0] == empty
+
+
+def test_no_held_out_conversation_at_all_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, frame in ((eval_exact.HELD_OUT, GOLD.clear()), (eval_exact.CALIBRATION, GOLD)):
+        write_table(path, frame, Verified)
+    with pytest.raises(InputError, match="holds no conversation"):
+        eval_exact.main()
 
 
 def test_an_empty_rate_says_nothing():

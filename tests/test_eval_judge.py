@@ -10,12 +10,19 @@ from agent import endpoint
 from agent.endpoint import EndpointParams
 from agent.spend import Spend
 from schemas.company import load_company
+from schemas.counts import JudgeCounts
+from schemas.errors import InputError
+from schemas.tables import Predictions, Verified
 from schemas.traces import Message, Role
+from stages import eval_judge
 from stages._conversations import Conversation
 from stages._simulated import simulator_for
+from stages._stage import write_table
+from stages.eval_exact import gold_turns, parse_replies
 from stages.eval_judge import EvalJudgeParams, ask_all, judge_all, judge_chat, read_verdict, score
-from tests.helpers import customer
+from tests.helpers import customer, inside, workspace
 from tests.hostile import hostile
+from tests.students import table
 from tests.test_endpoint import elsewhere, worth
 
 SIMULATED = EndpointParams(base_url="simulator", model="simulated", api_key_env=None, temperature=0.0, max_tokens=100,
@@ -93,6 +100,42 @@ def test_the_live_line_of_a_resumed_run_projects_what_the_whole_will_cost(tmp_pa
         resumed.projected.clear()
         asyncio.run(ask_all(rows, conversation, judge, None, resumed))
     assert len(server.log) == 40 and resumed.projected == [pytest.approx(worth(server))] * 40, "every verdict here costs the same"
+
+
+def predictions(**columns):
+    """A Predictions table of every agent turn of tests/students.py, answered as the gold step is, by both models."""
+    gold = gold_turns(table()).with_columns(p_escalate=pl.lit(0.25))
+    texts = [text for text, role in table().select("content", "role").iter_rows() if role == "agent"]
+    both = [parse_replies(gold.with_columns(raw=pl.Series(texts), other=pl.lit("reply"), model=pl.lit(model), decoding=pl.lit(decoding)))
+            for model, decoding in (("base", "schema"), ("student", "free"))]
+    return pl.concat(both).with_columns(**columns)
+
+
+def test_a_judge_who_says_nothing_usable_is_warned_of(tmp_path, monkeypatch, capsys):
+    """Every turn is unscored, so `acceptable` is 0 of 0."""
+    monkeypatch.setattr(endpoint, "RESPONSES", tmp_path / "responses")
+    with hostile(lambda *_: "perhaps") as server, inside(tmp_path):
+        workspace(tmp_path, eval_judge={"judge": elsewhere(server.url, api_key_env=None)})
+        write_table(eval_judge.HELD_OUT, table(), Verified)
+        write_table(eval_judge.PREDICTIONS, predictions(), Predictions)
+        eval_judge.main()
+        measured = json.loads(eval_judge.METRICS.read_text())["teashop"]["student"]
+        counted = JudgeCounts.model_validate_json(eval_judge.COUNTS.read_text())
+    result, *warnings = capsys.readouterr().out.splitlines()
+    assert result.startswith(f"eval_judge by {counted.judge}, base -> student: teashop acceptable 0/0 -> 0/0, ")
+    assert warnings == ["warning: teashop: no turn counts for acceptable of base and student: the 0.0 in the metrics is 0 of 0"]
+    assert measured["acceptable"] == 0.0 and measured["unscored"] == 1.0
+
+
+@pytest.mark.parametrize("change", [{"conversation_id": pl.lit("teashop/another/0")}, {"index": pl.col("index") - 1}])
+def test_predictions_of_other_turns_are_refused(tmp_path, change):
+    workspace(tmp_path)
+    with inside(tmp_path):
+        write_table(eval_judge.HELD_OUT, table(), Verified)
+        write_table(eval_judge.PREDICTIONS, predictions(**change), Predictions)
+        with pytest.raises(InputError, match=r"14 turns that data/verify/held_out\.parquet does not, the first: teashop/") as caught:
+            eval_judge.main()
+    assert "dvc repro eval_exact" in caught.value.hint
 
 
 def share(verdicts):

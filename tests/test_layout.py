@@ -17,7 +17,7 @@ PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 STAGES = PIPELINE["stages"]
 MODULES = {name: stage["cmd"].split()[2].removeprefix("stages.") for name, stage in STAGES.items()}
-SHOWING = {"table", "card", "estimate", "cache", "compare", "gate", "pr_comment", "sweep"}
+SHOWING = {"table", "card", "estimate", "cache", "compare", "gate", "pr_comment", "sweep", "check"}
 """Modules that are no stage: they show what stages wrote or would do, and write no output of the pipeline."""
 SWEEP = {"metrics/sweep/calibration.csv"}
 """Drawn beside the outputs; a command writes it."""
@@ -195,6 +195,20 @@ def test_the_calibration_split_is_read_to_score_it_and_never_to_train():
     assert "yardsticks" in {stage for stage in STAGES if "data/verify/calibration.parquet" in inputs(stage)}
 
 
+def test_the_documents_say_who_played_and_who_reads_the_calibration_split():
+    """The simulators where they are the default, the metrics files that name them, and the readers that dvc.yaml declares."""
+    card, readme = ((ROOT / path).read_text(encoding="utf-8") for path in ("data/README.md", "README.md"))
+    row = next(line for line in card.splitlines() if line.startswith("| `calibration` |"))
+    readers = {stage for stage in STAGES if "data/verify/calibration.parquet" in inputs(stage)}
+    assert set(re.findall(r"`(\w+)`", row)) == {"calibration", "calibrate"} | readers
+    naming = {f"metrics/{path.name}" for path in (ROOT / "metrics").glob("*.json") if {"teacher", "judge"} & set(json.loads(path.read_text()))}
+    caveat = readme.partition("The teacher and the judge are simulators by default")[2].partition("\n- **")[0]
+    assert set(re.findall(r"`(metrics/\w+\.json)`", caveat)) == naming
+    played = {"teacher": PARAMS["teacher_gen"]["teacher"], "judge": PARAMS["eval_judge"]["judge"]}
+    model_card = (ROOT / "models/README.md").read_text(encoding="utf-8")
+    assert {role for role in played if f"simulated {role}" in model_card} == {role for role in played if played[role]["base_url"] == "simulator"}
+
+
 MAY_IMPORT = {"schemas": {"schemas"}, "agent": {"agent", "schemas"}, "simulator": {"simulator", "schemas"}, "stages": {"stages", "agent", "schemas"}}
 
 
@@ -202,7 +216,8 @@ MAY_IMPORT = {"schemas": {"schemas"}, "agent": {"agent", "schemas"}, "simulator"
 def test_packages_import_one_way(package):
     for path in sorted((ROOT / package).rglob("*.py")):
         found = imports(path.relative_to(ROOT))
-        assert {file.parts[0] for file in found} <= MAY_IMPORT[package], path
+        allowed = MAY_IMPORT[package] | ({"simulator"} if path == ROOT / "stages/check.py" else set())  # it reads the simulator's parameters too
+        assert {file.parts[0] for file in found} <= allowed, path
         if package == "stages" and path.stem not in SHOWING:
             assert all(file.parts[1].startswith("_") for file in found if file.parts[0] == "stages"), f"{path} imports another stage"
 

@@ -295,7 +295,7 @@ LINES = {
     U.BROKEN_CONVERSATION: [b"{}", b'{"messages": [7]}', b'{"messages": "hi"}', GOOD.replace('"role": "user", ', "").encode(),
                             GOOD.replace('"company": "open"', '"company": ["open"]').encode(), GOOD.replace('"hi"', "7").encode()],
     U.NO_COMPANY: [GOOD.replace(*change).encode() for change in (
-        ('"open"', "null"), ('"open"', '""'), ('"open"', '"Open Ltd"'), ('"open"', '"a/b"'), ("company", "firm"))],
+        ('"open"', "null"), ('"open"', '""'), ('"open"', '"Open Ltd"'), ('"open"', '"a/b"'), ('"open"', '"judge"'), ("company", "firm"))],
     U.DUPLICATE_ID: [json.dumps(conversation("open", HI, bot("Other words."))).encode()],
 }
 

@@ -196,7 +196,7 @@ def test_training_companies_part_their_handoffs_eight_to_eight_and_stably(slug):
         assert changed <= {s.id for s in company.scenarios if s.kind is kind}
 
 
-def test_in_equals_kept_plus_rejected(tmp_path):
+def test_in_equals_kept_plus_rejected(tmp_path, capsys):
     gym = real("gym")
     flaws = [reworded(-1, "```json\n{}\n```".format), lambda old: old, lambda old: old[:-1], reworded(-1, lambda text: text[:-1])]
     table = traces(*[("gym", s.id, attempt, flaw(played(gym, s))) for s in gym.scenarios[:9] for attempt, flaw in enumerate(flaws)])
@@ -208,6 +208,9 @@ def test_in_equals_kept_plus_rejected(tmp_path):
         tables = {path.stem: read_table(path, Rejected if path == verify.REJECTED else Verified)
                   for path in (verify.TRAIN, verify.CALIBRATION, verify.HELD_OUT, verify.REJECTED)}
     assert (metrics["in"], metrics["kept"], metrics["rejected"]) == (36, 9, 27)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert said == [
+        f"warning: {slug} is held out and none of its conversations was kept: the results have no row for it" for slug in sorted(HELD_OUT)]
     assert metrics["not_applicable"] == {"ticket_category": 0, "facts": 0, "outcome": 0}
     assert {name: count for name, count in metrics["reasons"].items() if count} == {"duplicate": 9, "unfinished": 9, "not_one_json_object": 9}
     assert sum(len(t) for t in tables.values()) == len(table) and metrics["scenarios_without_a_kept_conversation"] == 0
