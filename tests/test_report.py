@@ -378,6 +378,11 @@ def test_ticks_are_few_and_enclose_the_values(low, high):
     assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 7
 
 
+def test_what_a_chart_shows_is_told_as_sentences(html):
+    for told in re.findall(r"<summary>In words</summary><p>(.*?)</p>", html):
+        assert re.fullmatch(r"base model finds [^\[\]&]*; at the threshold the student finds \d+ of \d+ hand-offs at \d+ needless ones in \d+\.", told)
+
+
 def test_a_line_ends_where_its_axis_ends():
     x, y = charts.shares(0.2, "x"), charts.shares(1, "y")
     drawn = charts.chart("a", "b", x, y, [charts.Series("student", "s", line=[(0, 0), (0.1, 0.5), (0.5, 0.9)])])
@@ -385,6 +390,16 @@ def test_a_line_ends_where_its_axis_ends():
     assert points[-1][0] == charts.WIDTH - charts.RIGHT and len(points) == 3
     height = charts.HEIGHT - charts.BOTTOM - charts.TOP
     assert points[-1][1] == pytest.approx(charts.TOP + (1 - 0.6) * height, abs=0.1)
+
+
+@pytest.mark.parametrize("k", [0, 3, 8, 10])
+def test_no_interval_of_the_reliability_is_cut(k):
+    drawn = figures.reliability("score", [{"predicted": 0.1, "observed": k / 10, **rate(k, 10)}])["svg"]
+    low, high = map(float, re.search(r'<line class="interval" x1="[\d.]+" y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)"', drawn).groups())
+    ticks = [float(tick) for tick in re.findall(r'<text class="tick end" x="[\d.]+" y="([\d.]+)"', drawn)]
+    top = float(re.findall(r'<text class="tick end".*?>(\d+) %', drawn)[-1])
+    unit = (ticks[0] - ticks[-1]) / top
+    assert (low - high) / unit == pytest.approx(100 * (rate(k, 10)["high"] - rate(k, 10)["low"]), abs=0.2)
 
 
 def test_the_labels_of_a_chart_are_escaped():

@@ -213,6 +213,29 @@ def test_j_and_k_turn_the_pages_and_slash_searches(report, visit):
     assert page.locator("[name=q]").input_value() == "jk/" and heading.inner_text() == titles[0]
 
 
+@pytest.mark.parametrize("kind", ["held_out", "rejected"])
+def test_a_conversation_is_shown_with_nothing_between_its_parts(report, visit, kind):
+    for one in [one for one in embedded(report) if one["set"] == kind][:4]:
+        page = visit(report, f"#/conversations?set=all&id={one['id']}")
+        stray = page.evaluate("[...document.getElementById('conversation').childNodes].filter((one) => one.nodeType !== 1).map((one) => one.data)")
+        assert stray == [] and page.locator("#conversation > *").count() == len(one["messages"]) + 2 + (kind == "rejected")
+        turns = sum("c" not in message and "t" not in message for message in one["messages"])
+        assert page.locator(".where span").last.inner_text() == f"{turns} agent turn{'' if turns == 1 else 's'}"
+
+
+def test_every_label_of_a_chart_is_inside_it(report, visit):
+    page = visit(report)
+    page.evaluate("""document.querySelectorAll('svg.chart')[0].querySelectorAll('text.tick.middle').forEach((one) => one.textContent = '100 %')""")
+    outside = page.evaluate("""[...document.querySelectorAll('svg.chart')].flatMap((chart) => {
+        const frame = chart.getBoundingClientRect();
+        return [...chart.querySelectorAll('text')].filter((one) => {
+            const box = one.getBoundingClientRect();
+            return box.left < frame.left || box.right > frame.right || box.top < frame.top || box.bottom > frame.bottom;
+        }).map((one) => one.textContent);
+    })""")
+    assert outside == []
+
+
 def test_every_control_has_a_name_and_every_turn_is_labelled(report, visit):
     page = visit(report, "#/conversations?id=streaming/hostile/0")
     assert page.evaluate("[...document.querySelectorAll('select, input')].every((one) => one.labels.length === 1)")

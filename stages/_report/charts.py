@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 340, 264
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 62, 24, 12, 44
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _grid(x: Axis, y: Axis, across: Callable[[float], float], up: Callable[[floa
     lines += [Markup('<line class="grid" x1="{}" y1="{}" x2="{}" y2="{}"/><text class="tick middle" x="{}" y="{}">{}</text>').format(
         across(tick), floor, across(tick), floor + 4, across(tick), floor + 17, x.show(tick)) for tick in x.ticks]
     lines.append(Markup('<text class="axis middle" x="{}" y="{}">{}</text>').format((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x.title))
-    lines.append(Markup('<text class="axis middle" transform="translate(11 {}) rotate(-90)">{}</text>').format((TOP + floor) / 2, y.title))
+    lines.append(Markup('<text class="axis middle" transform="translate(14 {}) rotate(-90)">{}</text>').format((TOP + floor) / 2, y.title))
     return Markup("").join(lines)
 
 

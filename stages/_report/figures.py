@@ -124,7 +124,7 @@ def reliability(title: str, bins: list[dict[str, Any]]) -> dict[str, Any]:
     """The share of hand-offs against the mean score, a point a bin of turns."""
     points = [charts.Point(one["predicted"], one["observed"], y_interval=(one["low"], one["high"])) for one in bins]
     told = [f"{one['predicted']:.1%} said, {one['k']} of {one['n']} were ({one['observed']:.1%})" for one in bins]
-    highest = max([0.1, *(one["predicted"] for one in bins), *(one["observed"] for one in bins)])
+    highest = max([0.1, *(max(one["predicted"], one["high"]) for one in bins)])
     svg = charts.chart(f"Reliability, {title}", "; ".join(told), charts.shares(highest, "score, mean of the bin"),
                        charts.shares(highest, "turns to hand off"), [charts.Series("student", title, points=points)], diagonal=True)
     return {"title": title, "told": told, "svg": svg}

@@ -21,6 +21,7 @@
     element.append(...children.flat(Infinity).filter((child) => child != null && child !== false));
     return element;
   }
+  const plural = (number, word) => `${number.toLocaleString("en-GB")} ${word}${number === 1 ? "" : "s"}`;
   function marked(text) {
     const wanted = state().q.trim().toLowerCase(), low = text.toLowerCase();
     // Lower-casing may change the length of a text (İ); then nothing is marked rather than the wrong letters.
@@ -111,7 +112,6 @@
     filtered = key;
     shown = select(f);
     const turns = ofTurn(f) && f.set !== "rejected" ? shown.reduce((sum, one) => sum + one.messages.filter((m) => hits(m, f)).length, 0) : 0;
-    const plural = (number, word) => `${number.toLocaleString("en-GB")} ${word}${number === 1 ? "" : "s"}`;
     found.textContent = plural(shown.length, "conversation") + (turns ? `, ${plural(turns, "turn")}` : "");
     list.replaceChildren();
     list.scrollTop = rendered = 0;
@@ -217,8 +217,8 @@
     });
     article.replaceChildren(
       h("h2", null, one.id.split("/").join(" / ")),
-      h("p", { class: "where" }, h("a", { class: "back", href: address({ id: "" }) }, "‹ all conversations"), h("span", null, summary(one)), h("span", null, `${number} agent turns`)),
-      one.set === "rejected" && h("p", { class: "why" }, `Rejected: ${one.reason}`, one.detail ? `, ${one.detail}` : ""),
+      h("p", { class: "where" }, h("a", { class: "back", href: address({ id: "" }) }, "‹ all conversations"), h("span", null, summary(one)), h("span", null, plural(number, "agent turn"))),
+      ...(one.set === "rejected" ? [h("p", { class: "why" }, `Rejected: ${one.reason}`, one.detail ? `, ${one.detail}` : "")] : []),
       ...messages);
   }
 
