@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -203,6 +204,44 @@ def test_confusion_counts_every_turn_once(folder, html):
         assert f'gold={gold}&amp;model=student&amp;action={action}" aria-label="{k} turns' in html
 
 
+def table_after(html, place):
+    """The cells' markup of the first table after a place, row by row; the head comes first."""
+    table = html.partition(place)[2].partition("</table>")[0]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)]
+
+
+def test_every_reason_is_counted_as_the_models_decode_and_at_the_threshold(folder, html):
+    threshold = json.loads((folder / POINT).read_bytes())["threshold"]
+    turns = pl.read_parquet(folder / "data/eval_exact/predictions.parquet").filter(model="student", gold_action="escalate")
+    head, *rows = table_after(html, '<h2 id="reasons">')
+    assert [re.sub("<.*>", "", cell) for cell in head] == [
+        "reason", "base model, as it decodes", "student, as it decodes", "student at the threshold", "with this reason, student as it decodes"]
+    found = {row[0]: [re.search(r"(\d+) of (\d+)", cell).groups() for cell in row[2:4]] for row in rows}
+    wanted = {reason: [(str(sum(handed)), str(len(handed))) for handed in (
+        [action == "escalate" for action in part["action"]], [score >= threshold for score in part["p_escalate"]])]
+        for (reason,), part in turns.group_by("gold_reason")}
+    assert found == wanted and any(decoded != chosen for decoded, chosen in found.values())
+
+
+def test_each_score_stands_at_5_percent_in_each_companys_chart_and_covers_no_other(folder, html):
+    detail = json.loads((folder / CALIBRATED).read_bytes())["held_out"]
+    for company, of in detail.items():
+        if company == "pooled":
+            continue
+        chart = re.search(rf'<figcaption>{company}</figcaption>(<svg class="chart".*?</svg>)', html)[1]
+        marks = {name: (float(x), float(y)) for name, x, y in re.findall(
+            r'<g class="series (\w+) hollow"><title>[^<]*</title><[^>]*?(?:translate\(|cx=")([\d.]+)(?: |" cy=")([\d.]+)', chart)}
+        assert set(marks) == set(words.SCORERS)
+        for name, (_, y) in marks.items():
+            recall = of[name]["auc"]["recall_at_5_percent"]
+            assert f"at 5% needless hand-offs the score of {words.SCORERS[name]} finds {recall:.1%}" in chart
+            assert y == pytest.approx(charts.HEIGHT - charts.BOTTOM - recall * (charts.HEIGHT - charts.BOTTOM - charts.TOP), abs=0.1)
+        places = sorted(x for x, _ in marks.values())
+        assert min(right - left for left, right in itertools.pairwise(places)) >= 11
+        line = float(re.search(r'<line class="ideal" x1="([\d.]+)"', chart)[1])
+        assert sum(places) / len(places) == pytest.approx(line, abs=0.1)
+
+
 def test_rejections_are_those_of_the_metrics_and_every_reason_has_words(html):
     verified = metrics("verify")
     for reason, count in verified["reasons"].items():
@@ -379,8 +418,10 @@ def test_ticks_are_few_and_enclose_the_values(low, high):
 
 
 def test_what_a_chart_shows_is_told_as_sentences(html):
-    for told in re.findall(r"<summary>In words</summary><p>(.*?)</p>", html):
-        assert re.fullmatch(r"base model finds [^\[\]&]*; at the threshold the student finds \d+ of \d+ hand-offs at \d+ needless ones in \d+\.", told)
+    told = re.findall(r"<summary>In words</summary><p>(.*?)</p>", html)
+    assert told
+    for one in told:
+        assert re.fullmatch(r"base model finds [^\[\]&]*; at the threshold the student finds \d+ of \d+ hand-offs at \d+ needless ones in \d+\.", one)
 
 
 def test_a_line_ends_where_its_axis_ends():

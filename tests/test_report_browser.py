@@ -171,6 +171,16 @@ def test_a_count_of_the_confusion_matrix_leads_to_its_turns(report, visit):
     expect(page.locator(".turn.hit").first).to_be_visible()
 
 
+def test_the_list_says_that_it_goes_by_what_the_model_decodes(report, visit):
+    """The student's score is at the threshold or above at every hand-off, and it decodes none."""
+    page = visit(report, "#/conversations?gold=escalate")
+    assert set(re.findall(r": .*", "\n".join(page.locator("#list .words:nth-child(2)").all_inner_texts()))) == {": missed as it decodes"}
+    for name in ("its action as it decodes", "as it decodes it is"):
+        assert page.get_by_role("combobox", name=name).count() == 1
+    page.locator("#list a").first.click()
+    assert "handed off" in page.locator(".turn.hit .student .done").inner_text()
+
+
 def test_the_list_is_one_stop_for_the_tab_key_and_arrows_move_in_it(report, visit):
     page = visit(report, "#/conversations")
 

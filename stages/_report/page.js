@@ -125,7 +125,7 @@
     const handoff = one.messages.find((m) => m.a === "escalate");
     const mine = handoff && reply(handoff, state().model);
     const kind = one.kind ? one.kind.replace("_", " ") : handoff ? "handoff" : "";
-    return handoff ? `hand-off, ${handoff.g.reason}${mine ? (mine.a === "escalate" ? ": found" : ": missed") : ""}` : kind;
+    return handoff ? `hand-off, ${handoff.g.reason}${mine ? `: ${mine.a === "escalate" ? "found" : "missed"} as it decodes` : ""}` : kind;
   }
   function more() {
     const items = shown.slice(rendered, rendered + CHUNK).map((one, at) => h("li", null,
