@@ -166,7 +166,7 @@ def test_the_first_screen_says_what_calibrate_and_the_gate_say(folder, html):
     assert f'<h1 id="answer">{told["answer"]}: {told["title"]}.</h1>' in html
     assert f'A bag of words finds</span><b>{100 * told["fair"]:.1f} %</b>' in html
     assert "Teacher, customer and judge were simulators" in html
-    assert all(f'<th scope="row">{rule["rule"]}</th><td><b>{rule["verdict"]}</b>' in html for rule in judged["rules"])
+    assert all(f'<th scope="row">{rule["rule"]}</th><td data-label="verdict"><b>{rule["verdict"]}</b>' in html for rule in judged["rules"])
 
 
 @pytest.mark.parametrize("found, needless, passed, answer", [
@@ -242,6 +242,17 @@ def test_each_score_stands_at_5_percent_in_each_companys_chart_and_covers_no_oth
         assert sum(places) / len(places) == pytest.approx(line, abs=0.1)
 
 
+def test_a_stacked_tables_figures_carry_their_columns_headings(html):
+    tables = re.findall(r'<table class="[^"]*stack">(.*?)</table>', html, re.DOTALL)
+    assert len(tables) == 4
+    for table in tables:
+        heads = [re.sub("<svg.*</svg>", "", head) for head in re.findall(r'<th scope="col">(.*?)</th>', table)]
+        rows = re.findall(r'<tr><th scope="row">.*?</tr>', table, re.DOTALL)
+        assert rows
+        for row in rows:
+            assert re.findall(r'<td data-label="([^"]*)">', row) == heads[1:] and row.count("<td") == len(heads) - 1
+
+
 def test_rejections_are_those_of_the_metrics_and_every_reason_has_words(html):
     verified = metrics("verify")
     for reason, count in verified["reasons"].items():
@@ -278,15 +289,15 @@ def test_what_the_gate_refuses_is_a_sentence_on_the_page(tmp_path):
 def test_what_the_threshold_does_is_shown_for_every_company_and_the_worst(folder, html):
     detail = json.loads((folder / CALIBRATED).read_bytes())
     shown = html.partition('aria-label="What the threshold does"')[2].partition("</table>")[0]
-    rows = {title: cells for title, cells in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', shown)}
+    rows = {title: cells for title, cells in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', shown, re.DOTALL)}
     named = {"all held-out companies" if name == "pooled" else name: of["student"] for name, of in detail["held_out"].items()}
     assert list(rows) == [*named, "worst company"]
     for title, of in named.items():
         costs = [of[policy]["expected_cost"]["value"] for policy in ("plain", "at_threshold")]
-        assert re.findall(r"<td>(\d+\.\d\d)</td>", rows[title]) == [f"{cost:.2f}" for cost in costs]
+        assert re.findall(r">(\d+\.\d\d)</td>", rows[title]) == [f"{cost:.2f}" for cost in costs]
     worst, row = detail["worst_company"]["student"], rows["worst company"]
     cost = worst["expected_cost"]
-    assert f"<td>{cost['plain']['value']:.2f}</td><td>{cost['value']:.2f} <span class=\"of\">{cost['company']}</span>" in row
+    assert f'>{cost["plain"]["value"]:.2f}</td>' in row and f'>{cost["value"]:.2f} <span class="of">{cost["company"]}</span></td>' in row
     for name in ("escalate_recall", "over_escalation"):
         assert f"{worst[name]['k']} of {worst[name]['n']}" in row and row.count(worst[name]["company"])
 
@@ -296,8 +307,8 @@ def test_what_calibrate_found_is_shown(folder, html, data):
     assert data["threshold"] == point["threshold"] and f"P(escalate) is {point['threshold']:.3f} or more" in html
     assert f"{point['rule']['in_words']} On the calibration turns" in html and f"{point['calibration']['missed']} are missed" in html
     for of in detail["held_out"]["pooled"].values():
-        assert f"<td>{100 * of['auc']['recall_at_5_percent']:.1f} %</td>" in html
-        assert f"<td>{of['brier']['raw']:.3f} ({of['brier']['constant']:.3f})</td>" in html
+        assert f">{100 * of['auc']['recall_at_5_percent']:.1f} %</td>" in html
+        assert f">{of['brier']['raw']:.3f} ({of['brier']['constant']:.3f})</td>" in html
     for bins in detail["held_out"]["pooled"]["student"]["reliability"].values():
         assert all(f"{one['k']} of {one['n']} were ({one['observed']:.1%})" in html for one in bins)
     assert html.count('class="line" points=') == len(words.SCORERS) + 1, "a curve a score, and the training loss"

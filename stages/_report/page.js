@@ -48,7 +48,7 @@
     return "#/conversations" + (query && "?" + query);
   }
   function replace(changes) {
-    history.replaceState(null, "", address(changes));
+    history.replaceState(history.state, "", address(changes));
     route();
   }
 
@@ -222,8 +222,20 @@
       ...messages);
   }
 
-  // The address decides what is seen.
-  let drawn = null;
+  // The address decides what is seen. Where it was scrolled to is kept for each entry of the history, under a key in the entry's state, since
+  // what the browser would scroll is only drawn afterwards.
+  const places = new Map(), begun = performance.timeOrigin;
+  let drawn = null, entry = null, entries = 0;
+  function arrive(event) {
+    const known = history.state?.key, place = places.get(known) ?? (event ? undefined : history.state?.place);
+    entry = places.has(known) ? known : `${begun}/${entries++}`;
+    places.set(entry, place ?? scrollY);
+    history.replaceState({ key: entry }, "");
+    route(event);
+    if (place === undefined) return;
+    while (document.documentElement.scrollHeight < place + innerHeight && rendered < shown.length) more();
+    window.scrollTo(0, place);
+  }
   function route(event) {
     const viewing = open();
     const turned = viewer.hidden === viewing;
@@ -280,7 +292,11 @@
     else return;
     event.preventDefault();
   });
-  window.addEventListener("hashchange", route);
+  history.scrollRestoration = "manual";
+  // A scroll that the browser reports once another entry is current is not the last one's.
+  window.addEventListener("scroll", () => history.state?.key === entry && places.set(entry, scrollY));
+  window.addEventListener("pagehide", () => history.replaceState({ key: entry, place: scrollY }, ""));
+  window.addEventListener("hashchange", arrive);
   fill();
-  route();
+  arrive();
 })();
