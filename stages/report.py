@@ -34,7 +34,7 @@ from schemas.operating import OperatingPoint
 from schemas.recorded import OriginVerifyMetrics
 from schemas.self_agreement import GenerationMetrics
 from schemas.tables import SCORED, Judgements, Predictions, Rejected, Verified
-from schemas.yardsticks import Yardstick
+from stages._policy import tuned
 from stages._rates import rate
 from stages._report import charts, figures, viewer, words
 from stages._report.figures import pooled
@@ -154,15 +154,20 @@ def confusion(predictions: pl.DataFrame, model: str) -> list[dict[str, Any]]:
     return rows
 
 
-def reasons(predictions: pl.DataFrame) -> list[dict[str, Any]]:
-    """For every hand-off reason that occurs: how many of its turns each model handed off, and how many of those for this reason."""
+def reasons(predictions: pl.DataFrame, threshold: float | None) -> list[dict[str, Any]]:
+    """For every hand-off reason that occurs: how many of its turns each model handed off as it decodes, and the student at the threshold (`chosen`).
+
+    `same` counts those handed off for this reason. At the threshold it is left out: the predictions hold no reason where the threshold, and not
+    the student, hands off.
+    """
+    decoded = {model: scored(predictions, model) for model in SCORED}
     found = []
     for reason in HandoffReason:
-        rates = {}
-        for model in SCORED:
-            rows = scored(predictions, model).filter(gold_reason=reason.value)
+        rates: dict[str, Any] = {}
+        for name, rows in (decoded | {"chosen": tuned(decoded["student"], threshold)}).items():
+            rows = rows.filter(gold_reason=reason.value)
             handed = rows.filter(action="escalate")
-            rates[model] = rate(len(handed), len(rows)) | {"same": len(handed.filter(reason=reason.value))}
+            rates[name] = rate(len(handed), len(rows)) | ({} if name == "chosen" else {"same": len(handed.filter(reason=reason.value))})
         if rates["student"]["n"]:
             found.append({"reason": reason.value, "rates": rates})
     return found
@@ -209,9 +214,9 @@ def score_figures(counts: dict[str, Any], found: dict[str, Any], judged: dict[st
     return {
         "verdict": figures.verdict(at["escalate_recall"], at["over_escalation"], curves["bag_of_words"], judged.get("passed"), slice_of),
         "operating": [figures.operating("all held-out companies", everything, at, curves), *(
-            figures.operating(company, models, chosen[company], {name: figures.at_5_percent(found[company][name]["auc"]) for name in Yardstick})
+            figures.operating(company, models, chosen[company], {name: figures.at_5_percent(found[company][name]["auc"]) for name in words.SCORERS})
             for company, models in counts.items())],
-        "legend": {"base": words.MODELS["base"], **words.SCORERS, "chosen": "student at the threshold"},
+        "legend": {"base": words.MODELS["base"], **words.SCORERS, "chosen": words.CHOSEN},
         "reliability": [figures.reliability(title, found[POOLED]["student"]["reliability"][version]) for version, title in
                         (("raw", "the score as it is"), ("recalibrated", "after the map to probabilities"))]}
 
@@ -234,7 +239,8 @@ def main() -> None:
         "gate": judgement, "point": point, "calibrated": calibrated,
         "results": results(counts, before), "compare_with": params.compare_with,
         "confusion": {model: confusion(predictions, model) for model in SCORED},
-        "reasons": reasons(predictions), "verified": verified, "most_rejected": max(verified["reasons"].values()), "trained": trained,
+        "reasons": reasons(predictions, point["threshold"]),
+        "verified": verified, "most_rejected": max(verified["reasons"].values()), "trained": trained,
         "training": figures.training(TRAINING / LOSS, trained["steps"]), "generated": generated,
         "judge_cost": judged.get("cost"), "played": played, "companies": list(exact),
         "simulated": [role for role, name in played.items() if name == "simulator"],

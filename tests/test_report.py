@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -165,7 +166,7 @@ def test_the_first_screen_says_what_calibrate_and_the_gate_say(folder, html):
     assert f'<h1 id="answer">{told["answer"]}: {told["title"]}.</h1>' in html
     assert f'A bag of words finds</span><b>{100 * told["fair"]:.1f} %</b>' in html
     assert "Teacher, customer and judge were simulators" in html
-    assert all(f'<th scope="row">{rule["rule"]}</th><td><b>{rule["verdict"]}</b>' in html for rule in judged["rules"])
+    assert all(f'<th scope="row">{rule["rule"]}</th><td data-label="verdict"><b>{rule["verdict"]}</b>' in html for rule in judged["rules"])
 
 
 @pytest.mark.parametrize("found, needless, passed, answer", [
@@ -201,6 +202,55 @@ def test_confusion_counts_every_turn_once(folder, html):
     assert counted["len"].sum() == len(predictions)
     for gold, action, k in counted.iter_rows():
         assert f'gold={gold}&amp;model=student&amp;action={action}" aria-label="{k} turns' in html
+
+
+def table_after(html, place):
+    """The cells' markup of the first table after a place, row by row; the head comes first."""
+    table = html.partition(place)[2].partition("</table>")[0]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)]
+
+
+def test_every_reason_is_counted_as_the_models_decode_and_at_the_threshold(folder, html):
+    threshold = json.loads((folder / POINT).read_bytes())["threshold"]
+    turns = pl.read_parquet(folder / "data/eval_exact/predictions.parquet").filter(model="student", gold_action="escalate")
+    head, *rows = table_after(html, '<h2 id="reasons">')
+    assert [re.sub("<.*>", "", cell) for cell in head] == [
+        "reason", "base model, as it decodes", "student, as it decodes", "student at the threshold", "with this reason, student as it decodes"]
+    found = {row[0]: [re.search(r"(\d+) of (\d+)", cell).groups() for cell in row[2:4]] for row in rows}
+    wanted = {reason: [(str(sum(handed)), str(len(handed))) for handed in (
+        [action == "escalate" for action in part["action"]], [score >= threshold for score in part["p_escalate"]])]
+        for (reason,), part in turns.group_by("gold_reason")}
+    assert found == wanted and any(decoded != chosen for decoded, chosen in found.values())
+
+
+def test_each_score_stands_at_5_percent_in_each_companys_chart_and_covers_no_other(folder, html):
+    detail = json.loads((folder / CALIBRATED).read_bytes())["held_out"]
+    for company, of in detail.items():
+        if company == "pooled":
+            continue
+        chart = re.search(rf'<figcaption>{company}</figcaption>(<svg class="chart".*?</svg>)', html)[1]
+        marks = {name: (float(x), float(y)) for name, x, y in re.findall(
+            r'<g class="series (\w+) hollow"><title>[^<]*</title><[^>]*?(?:translate\(|cx=")([\d.]+)(?: |" cy=")([\d.]+)', chart)}
+        assert set(marks) == set(words.SCORERS)
+        for name, (_, y) in marks.items():
+            recall = of[name]["auc"]["recall_at_5_percent"]
+            assert f"at 5% needless hand-offs the score of {words.SCORERS[name]} finds {recall:.1%}" in chart
+            assert y == pytest.approx(charts.HEIGHT - charts.BOTTOM - recall * (charts.HEIGHT - charts.BOTTOM - charts.TOP), abs=0.1)
+        places = sorted(x for x, _ in marks.values())
+        assert min(right - left for left, right in itertools.pairwise(places)) >= 11
+        line = float(re.search(r'<line class="ideal" x1="([\d.]+)"', chart)[1])
+        assert sum(places) / len(places) == pytest.approx(line, abs=0.1)
+
+
+def test_a_stacked_tables_figures_carry_their_columns_headings(html):
+    tables = re.findall(r'<table class="[^"]*stack">(.*?)</table>', html, re.DOTALL)
+    assert len(tables) == 4
+    for table in tables:
+        heads = [re.sub("<svg.*</svg>", "", head) for head in re.findall(r'<th scope="col">(.*?)</th>', table)]
+        rows = re.findall(r'<tr><th scope="row">.*?</tr>', table, re.DOTALL)
+        assert rows
+        for row in rows:
+            assert re.findall(r'<td data-label="([^"]*)">', row) == heads[1:] and row.count("<td") == len(heads) - 1
 
 
 def test_rejections_are_those_of_the_metrics_and_every_reason_has_words(html):
@@ -239,15 +289,15 @@ def test_what_the_gate_refuses_is_a_sentence_on_the_page(tmp_path):
 def test_what_the_threshold_does_is_shown_for_every_company_and_the_worst(folder, html):
     detail = json.loads((folder / CALIBRATED).read_bytes())
     shown = html.partition('aria-label="What the threshold does"')[2].partition("</table>")[0]
-    rows = {title: cells for title, cells in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', shown)}
+    rows = {title: cells for title, cells in re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', shown, re.DOTALL)}
     named = {"all held-out companies" if name == "pooled" else name: of["student"] for name, of in detail["held_out"].items()}
     assert list(rows) == [*named, "worst company"]
     for title, of in named.items():
         costs = [of[policy]["expected_cost"]["value"] for policy in ("plain", "at_threshold")]
-        assert re.findall(r"<td>(\d+\.\d\d)</td>", rows[title]) == [f"{cost:.2f}" for cost in costs]
+        assert re.findall(r">(\d+\.\d\d)</td>", rows[title]) == [f"{cost:.2f}" for cost in costs]
     worst, row = detail["worst_company"]["student"], rows["worst company"]
     cost = worst["expected_cost"]
-    assert f"<td>{cost['plain']['value']:.2f}</td><td>{cost['value']:.2f} <span class=\"of\">{cost['company']}</span>" in row
+    assert f'>{cost["plain"]["value"]:.2f}</td>' in row and f'>{cost["value"]:.2f} <span class="of">{cost["company"]}</span></td>' in row
     for name in ("escalate_recall", "over_escalation"):
         assert f"{worst[name]['k']} of {worst[name]['n']}" in row and row.count(worst[name]["company"])
 
@@ -257,8 +307,8 @@ def test_what_calibrate_found_is_shown(folder, html, data):
     assert data["threshold"] == point["threshold"] and f"P(escalate) is {point['threshold']:.3f} or more" in html
     assert f"{point['rule']['in_words']} On the calibration turns" in html and f"{point['calibration']['missed']} are missed" in html
     for of in detail["held_out"]["pooled"].values():
-        assert f"<td>{100 * of['auc']['recall_at_5_percent']:.1f} %</td>" in html
-        assert f"<td>{of['brier']['raw']:.3f} ({of['brier']['constant']:.3f})</td>" in html
+        assert f">{100 * of['auc']['recall_at_5_percent']:.1f} %</td>" in html
+        assert f">{of['brier']['raw']:.3f} ({of['brier']['constant']:.3f})</td>" in html
     for bins in detail["held_out"]["pooled"]["student"]["reliability"].values():
         assert all(f"{one['k']} of {one['n']} were ({one['observed']:.1%})" in html for one in bins)
     assert html.count('class="line" points=') == len(words.SCORERS) + 1, "a curve a score, and the training loss"
@@ -378,6 +428,13 @@ def test_ticks_are_few_and_enclose_the_values(low, high):
     assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 7
 
 
+def test_what_a_chart_shows_is_told_as_sentences(html):
+    told = re.findall(r"<summary>In words</summary><p>(.*?)</p>", html)
+    assert told
+    for one in told:
+        assert re.fullmatch(r"base model finds [^\[\]&]*; at the threshold the student finds \d+ of \d+ hand-offs at \d+ needless ones in \d+\.", one)
+
+
 def test_a_line_ends_where_its_axis_ends():
     x, y = charts.shares(0.2, "x"), charts.shares(1, "y")
     drawn = charts.chart("a", "b", x, y, [charts.Series("student", "s", line=[(0, 0), (0.1, 0.5), (0.5, 0.9)])])
@@ -385,6 +442,16 @@ def test_a_line_ends_where_its_axis_ends():
     assert points[-1][0] == charts.WIDTH - charts.RIGHT and len(points) == 3
     height = charts.HEIGHT - charts.BOTTOM - charts.TOP
     assert points[-1][1] == pytest.approx(charts.TOP + (1 - 0.6) * height, abs=0.1)
+
+
+@pytest.mark.parametrize("k", [0, 3, 8, 10])
+def test_no_interval_of_the_reliability_is_cut(k):
+    drawn = figures.reliability("score", [{"predicted": 0.1, "observed": k / 10, **rate(k, 10)}])["svg"]
+    low, high = map(float, re.search(r'<line class="interval" x1="[\d.]+" y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)"', drawn).groups())
+    ticks = [float(tick) for tick in re.findall(r'<text class="tick end" x="[\d.]+" y="([\d.]+)"', drawn)]
+    top = float(re.findall(r'<text class="tick end".*?>(\d+) %', drawn)[-1])
+    unit = (ticks[0] - ticks[-1]) / top
+    assert (low - high) / unit == pytest.approx(100 * (rate(k, 10)["high"] - rate(k, 10)["low"]), abs=0.2)
 
 
 def test_the_labels_of_a_chart_are_escaped():

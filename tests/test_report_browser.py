@@ -141,6 +141,69 @@ def test_a_link_to_one_conversation_and_the_back_button(report, visit):
     expect(page.locator("#results")).to_be_hidden()
 
 
+def scrolled(page, to):
+    """Scroll to a height, and let the page hear of it."""
+    page.evaluate("(to) => new Promise((done) => { scrollTo(0, to); requestAnimationFrame(() => requestAnimationFrame(done)); })", to)
+    assert page.evaluate("scrollY") == to
+
+
+def comes_to(page, height):
+    page.wait_for_function("(height) => Math.abs(scrollY - height) <= 2", arg=height, timeout=5000)
+
+
+def test_back_and_forward_lead_to_where_one_was(report, visit):
+    longest = max(embedded(report), key=lambda one: len(one["messages"]) * (one["set"] == "held_out"))
+    page = visit(report, height=500)
+    cell = page.locator("table.confusion a[href*='gold=escalate&model=student&action=search_kb']")
+    cell.scroll_into_view_if_needed()
+    high = page.evaluate("scrollY")
+    assert high > 500
+    cell.click()
+    page.locator("#list a").first.wait_for()
+    page.goto(report.as_uri() + f"#/conversations?id={longest['id']}")
+    expect(page.locator("#conversation h2")).to_be_visible()
+    scrolled(page, 130)
+    page.locator("#list a").nth(2).click()
+    comes_to(page, 0)
+    page.go_back()
+    comes_to(page, 130)
+    page.go_back()
+    page.go_back()
+    expect(page.locator("#results")).to_be_visible()
+    comes_to(page, high)
+    page.go_forward()
+    page.go_forward()
+    expect(page.locator("#conversation h2")).to_have_text(" / ".join(longest["id"].split("/")))
+    comes_to(page, 130)
+    page.reload()
+    comes_to(page, 130)
+
+
+def test_back_does_not_return_to_the_turn_that_the_link_named(report, visit):
+    longest = max(embedded(report), key=lambda one: len(one["messages"]) * (one["set"] == "held_out"))
+    last = max(index for index, message in enumerate(longest["messages"]) if "p" in message)
+    page = visit(report, f"#/conversations?id={longest['id']}&turn={last}", height=500)
+    page.wait_for_function("scrollY > 100")
+    scrolled(page, 40)
+    page.locator("#list a").nth(2).click()
+    comes_to(page, 0)
+    page.go_back()
+    comes_to(page, 40)
+
+
+def test_back_leads_a_phone_to_its_place_in_the_list(report, visit):
+    page = visit(report, "#/conversations", width=390, height=740, has_touch=True)
+    page.locator("#list a").nth(70).scroll_into_view_if_needed()
+    high = page.evaluate("scrollY")
+    assert high > 2000
+    page.locator("#list a").nth(70).tap()
+    expect(page.locator("#conversation h2")).to_be_visible()
+    comes_to(page, 0)
+    page.go_back()
+    comes_to(page, high)
+    assert page.locator("#list a").nth(70).is_visible()
+
+
 def test_a_link_to_a_turn_shows_that_turn(report, visit):
     longest = max(embedded(report), key=lambda one: len(one["messages"]))
     last = max(index for index, message in enumerate(longest["messages"]) if "p" in message)
@@ -169,6 +232,16 @@ def test_a_count_of_the_confusion_matrix_leads_to_its_turns(report, visit):
     expect(page.locator("#found")).to_have_text(re.compile(f", {count} turns$"))
     page.locator("#list a").first.click()
     expect(page.locator(".turn.hit").first).to_be_visible()
+
+
+def test_the_list_says_that_it_goes_by_what_the_model_decodes(report, visit):
+    """The student's score is at the threshold or above at every hand-off, and it decodes none."""
+    page = visit(report, "#/conversations?gold=escalate")
+    assert set(re.findall(r": .*", "\n".join(page.locator("#list .words:nth-child(2)").all_inner_texts()))) == {": missed as it decodes"}
+    for name in ("its action as it decodes", "as it decodes it is"):
+        assert page.get_by_role("combobox", name=name).count() == 1
+    page.locator("#list a").first.click()
+    assert "handed off" in page.locator(".turn.hit .student .done").inner_text()
 
 
 def test_the_list_is_one_stop_for_the_tab_key_and_arrows_move_in_it(report, visit):
@@ -213,6 +286,29 @@ def test_j_and_k_turn_the_pages_and_slash_searches(report, visit):
     assert page.locator("[name=q]").input_value() == "jk/" and heading.inner_text() == titles[0]
 
 
+@pytest.mark.parametrize("kind", ["held_out", "rejected"])
+def test_a_conversation_is_shown_with_nothing_between_its_parts(report, visit, kind):
+    for one in [one for one in embedded(report) if one["set"] == kind][:4]:
+        page = visit(report, f"#/conversations?set=all&id={one['id']}")
+        stray = page.evaluate("[...document.getElementById('conversation').childNodes].filter((one) => one.nodeType !== 1).map((one) => one.data)")
+        assert stray == [] and page.locator("#conversation > *").count() == len(one["messages"]) + 2 + (kind == "rejected")
+        turns = sum("c" not in message and "t" not in message for message in one["messages"])
+        assert page.locator(".where span").last.inner_text() == f"{turns} agent turn{'' if turns == 1 else 's'}"
+
+
+def test_every_label_of_a_chart_is_inside_it(report, visit):
+    page = visit(report)
+    page.evaluate("""document.querySelectorAll('svg.chart')[0].querySelectorAll('text.tick.middle').forEach((one) => one.textContent = '100 %')""")
+    outside = page.evaluate("""[...document.querySelectorAll('svg.chart')].flatMap((chart) => {
+        const frame = chart.getBoundingClientRect();
+        return [...chart.querySelectorAll('text')].filter((one) => {
+            const box = one.getBoundingClientRect();
+            return box.left < frame.left || box.right > frame.right || box.top < frame.top || box.bottom > frame.bottom;
+        }).map((one) => one.textContent);
+    })""")
+    assert outside == []
+
+
 def test_every_control_has_a_name_and_every_turn_is_labelled(report, visit):
     page = visit(report, "#/conversations?id=streaming/hostile/0")
     assert page.evaluate("[...document.querySelectorAll('select, input')].every((one) => one.labels.length === 1)")
@@ -230,6 +326,37 @@ def test_a_phone_needs_no_scrolling_sideways(report, visit, place, scheme):
     page = visit(report, place, width=360, height=740, scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert float(page.evaluate("getComputedStyle(document.body).fontSize")[:-2]) >= 16
+
+
+@pytest.mark.parametrize("width", [360, 390, 600])
+def test_a_phone_shows_every_figure_of_a_table_whole(report, visit, width):
+    """By where the text stands: a box that hides or scrolls what overflows it has the right width whatever is in it."""
+    page = visit(report, width=width, height=740)
+    cut, broken = page.evaluate("""(() => {
+        const cut = [], broken = [];
+        for (const cell of document.querySelectorAll('#results :is(th, td)')) {
+            if (!cell.getClientRects().length) continue;
+            const words = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+            while (words.nextNode()) {
+                const range = document.createRange(), text = words.currentNode.data;
+                range.selectNodeContents(words.currentNode);
+                const lines = [...range.getClientRects()].filter((line) => line.width);
+                const end = Math.min(innerWidth, cell.getBoundingClientRect().right + 1), tops = new Set(lines.map((line) => Math.round(line.top)));
+                if (lines.some((line) => line.left < 0 || line.right > end)) cut.push(text);
+                if ((/\\d–\\d|^[\\d.]+ %$|^\\w+$/).test(text.trim()) && tops.size > 1) broken.push(text);
+            }
+        }
+        return [cut, broken];
+    })()""")
+    assert cut == [] and broken == []
+
+
+def test_the_bars_of_p_escalate_are_of_one_width_in_a_turn(report, visit):
+    page = visit(report, "#/conversations?gold=escalate")
+    page.locator("#list a").first.click()
+    bars = page.locator(".turn.hit .score svg")
+    widths = {round(bar.bounding_box()["width"]) for bar in bars.all()}
+    assert bars.count() == 2 and len(widths) == 1
 
 
 def test_a_phone_shows_the_list_or_one_conversation(report, visit):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 340, 264
-LEFT, RIGHT, TOP, BOTTOM = 54, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 62, 24, 12, 44
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """What one model, or yardstick, shows: `name` is its class in the style sheet, which gives colour, dash and mark."""
+    """What one model, or yardstick, shows: `name` is its class in the style sheet, which gives colour, dash and mark.
+
+    `aside` moves the marks by so many pixels to the right, where several would cover each other at one x; those marks are hollow.
+    """
 
     name: str
     title: str
     line: Sequence[tuple[float, float]] = ()
     points: Sequence[Point] = ()
+    aside: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ def shares(highest: float, title: str) -> Axis:
     return Axis(title, [round(step * number, 4) for number in range(round(top / step) + 1)], percent)
 
 
-def chart(title: str, description: str, x: Axis, y: Axis, series: Iterable[Series], diagonal: bool = False) -> Markup:
+def chart(title: str, description: str, x: Axis, y: Axis, series: Iterable[Series], diagonal: bool = False,
+          upright: float | None = None) -> Markup:
     """Lines and points over two linear axes; lines and intervals end where an axis ends.
 
     Args:
@@ -75,12 +80,15 @@ def chart(title: str, description: str, x: Axis, y: Axis, series: Iterable[Serie
         y: the axis on the left.
         series: what to draw, later ones on top.
         diagonal: draw the line y = x.
+        upright: draw the line x = this.
     """
     across = _scale(x, LEFT, WIDTH - RIGHT)
     up = _scale(y, HEIGHT - BOTTOM, TOP)
     parts = [_grid(x, y, across, up)]
     if diagonal:
         parts.append(Markup('<line class="ideal" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(across(x.low), up(y.low), across(x.high), up(y.high)))
+    if upright is not None:
+        parts.append(Markup('<line class="ideal" x1="{0}" y1="{1}" x2="{0}" y2="{2}"/>').format(across(upright), up(y.low), up(y.high)))
     parts += [_series(one, x.high, across, up) for one in series]
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}. {}">{}</svg>').format(
         WIDTH, HEIGHT, title, description, Markup("").join(parts))
@@ -100,7 +108,7 @@ def _grid(x: Axis, y: Axis, across: Callable[[float], float], up: Callable[[floa
     lines += [Markup('<line class="grid" x1="{}" y1="{}" x2="{}" y2="{}"/><text class="tick middle" x="{}" y="{}">{}</text>').format(
         across(tick), floor, across(tick), floor + 4, across(tick), floor + 17, x.show(tick)) for tick in x.ticks]
     lines.append(Markup('<text class="axis middle" x="{}" y="{}">{}</text>').format((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x.title))
-    lines.append(Markup('<text class="axis middle" transform="translate(11 {}) rotate(-90)">{}</text>').format((TOP + floor) / 2, y.title))
+    lines.append(Markup('<text class="axis middle" transform="translate(14 {}) rotate(-90)">{}</text>').format((TOP + floor) / 2, y.title))
     return Markup("").join(lines)
 
 
@@ -119,14 +127,15 @@ def _series(one: Series, end: float, across: Callable[[float], float], up: Calla
         steps = " ".join(f"{across(x)},{up(y)}" for x, y in _until(one.line, end))
         parts.append(Markup('<polyline class="line" points="{}"/>').format(steps))
     for point in one.points:
-        at_x, at_y = across(point.x), up(point.y)
+        at_x, at_y = round(across(point.x) + (one.aside or 0), 1), up(point.y)
         if point.y_interval:
             parts.append(Markup('<line class="interval" x1="{0}" y1="{1}" x2="{0}" y2="{2}"/>').format(at_x, *map(up, point.y_interval)))
         if point.x_interval:
             low, high = map(across, point.x_interval)
             parts.append(Markup('<line class="interval" x1="{1}" y1="{0}" x2="{2}" y2="{0}"/>').format(at_y, low, high))
         parts.append(mark(one.name, at_x, at_y))
-    return Markup('<g class="series {}"><title>{}</title>{}</g>').format(one.name, one.title, Markup("").join(parts))
+    return Markup('<g class="series {}{}"><title>{}</title>{}</g>').format(
+        one.name, "" if one.aside is None else " hollow", one.title, Markup("").join(parts))
 
 
 _MARKS = {"base": "M-4.5-4.5h9v9h-9z", "bag_of_words": "M0-6l5.5 10h-11z", "embedding": "M0-6l6 6-6 6-6-6z",

@@ -12,6 +12,8 @@ from stages._report import charts, words
 
 Curve = Sequence[tuple[float, float]]
 """(over-escalation, recall) at every threshold, from (0, 0) on."""
+ASIDE = 13
+"""Pixels between marks that stand side by side: a mark's width and a little air."""
 
 
 def pooled(counts: dict[str, Any], model: str, name: str) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def operating(title: str, rates: dict[str, Any], chosen: dict[str, Any], curves:
         title: the companies it is of.
         rates: model -> its counts as it decodes.
         chosen: the student's counts under the threshold.
-        curves: scorer -> its curve; one of a single point is drawn as that point.
+        curves: scorer -> its curve; those of a single point are drawn as marks side by side about that point's line.
     """
     told = [_told(words.MODELS[model], of) for model, of in rates.items()]
     highest = max([0.1, *(of["over_escalation"]["high"] for of in [*rates.values(), chosen])])
@@ -108,15 +110,17 @@ def operating(title: str, rates: dict[str, Any], chosen: dict[str, Any], curves:
         if len(curve) > 1:
             highest = max(highest, 0.4)
             series.append(charts.Series(name, words.SCORERS[name], line=curve))
-            told.append(f"at 5 % needless hand-offs the score of {words.SCORERS[name]} finds {recall_at(curve, 0.05):.1%}")
+            told.append(f"at 5% needless hand-offs the score of {words.SCORERS[name]} finds {recall_at(curve, 0.05):.1%}")
         elif curve:
-            series.append(charts.Series(name, words.SCORERS[name], points=[charts.Point(*curve[-1])]))
-            told.append(f"{words.SCORERS[name]} finds {curve[-1][1]:.1%} at {curve[-1][0]:.0%} needless hand-offs")
+            aside = ASIDE * (len(series) - (len(curves) - 1) / 2)
+            series.append(charts.Series(name, f"score of {words.SCORERS[name]}", points=[charts.Point(*curve[-1])], aside=aside))
+            told.append(f"at {curve[-1][0]:.0%} needless hand-offs the score of {words.SCORERS[name]} finds {curve[-1][1]:.1%}")
     series += [charts.Series(model, words.MODELS[model], points=[_stand(of)]) for model, of in rates.items()]
-    series.append(charts.Series("chosen", "student at the threshold", points=[_stand(chosen)]))
+    series.append(charts.Series("chosen", words.CHOSEN, points=[_stand(chosen)]))
     told.append(_told("at the threshold the student", chosen))
     svg = charts.chart(f"Hand-offs found against needless ones, {title}", "; ".join(told),
-                       charts.shares(highest, "needless hand-offs (over-escalation)"), charts.shares(1, "hand-offs found (recall)"), series)
+                       charts.shares(highest, "needless hand-offs (over-escalation)"), charts.shares(1, "hand-offs found (recall)"), series,
+                       upright=next((curve[-1][0] for curve in curves.values() if len(curve) == 1), None))
     return {"title": title, "told": told, "svg": svg}
 
 
@@ -124,7 +128,7 @@ def reliability(title: str, bins: list[dict[str, Any]]) -> dict[str, Any]:
     """The share of hand-offs against the mean score, a point a bin of turns."""
     points = [charts.Point(one["predicted"], one["observed"], y_interval=(one["low"], one["high"])) for one in bins]
     told = [f"{one['predicted']:.1%} said, {one['k']} of {one['n']} were ({one['observed']:.1%})" for one in bins]
-    highest = max([0.1, *(one["predicted"] for one in bins), *(one["observed"] for one in bins)])
+    highest = max([0.1, *(max(one["predicted"], one["high"]) for one in bins)])
     svg = charts.chart(f"Reliability, {title}", "; ".join(told), charts.shares(highest, "score, mean of the bin"),
                        charts.shares(highest, "turns to hand off"), [charts.Series("student", title, points=points)], diagonal=True)
     return {"title": title, "told": told, "svg": svg}

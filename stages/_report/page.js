@@ -21,6 +21,7 @@
     element.append(...children.flat(Infinity).filter((child) => child != null && child !== false));
     return element;
   }
+  const plural = (number, word) => `${number.toLocaleString("en-GB")} ${word}${number === 1 ? "" : "s"}`;
   function marked(text) {
     const wanted = state().q.trim().toLowerCase(), low = text.toLowerCase();
     // Lower-casing may change the length of a text (İ); then nothing is marked rather than the wrong letters.
@@ -47,7 +48,7 @@
     return "#/conversations" + (query && "?" + query);
   }
   function replace(changes) {
-    history.replaceState(null, "", address(changes));
+    history.replaceState(history.state, "", address(changes));
     route();
   }
 
@@ -111,7 +112,6 @@
     filtered = key;
     shown = select(f);
     const turns = ofTurn(f) && f.set !== "rejected" ? shown.reduce((sum, one) => sum + one.messages.filter((m) => hits(m, f)).length, 0) : 0;
-    const plural = (number, word) => `${number.toLocaleString("en-GB")} ${word}${number === 1 ? "" : "s"}`;
     found.textContent = plural(shown.length, "conversation") + (turns ? `, ${plural(turns, "turn")}` : "");
     list.replaceChildren();
     list.scrollTop = rendered = 0;
@@ -125,7 +125,7 @@
     const handoff = one.messages.find((m) => m.a === "escalate");
     const mine = handoff && reply(handoff, state().model);
     const kind = one.kind ? one.kind.replace("_", " ") : handoff ? "handoff" : "";
-    return handoff ? `hand-off, ${handoff.g.reason}${mine ? (mine.a === "escalate" ? ": found" : ": missed") : ""}` : kind;
+    return handoff ? `hand-off, ${handoff.g.reason}${mine ? `: ${mine.a === "escalate" ? "found" : "missed"} as it decodes` : ""}` : kind;
   }
   function more() {
     const items = shown.slice(rendered, rendered + CHUNK).map((one, at) => h("li", null,
@@ -217,13 +217,25 @@
     });
     article.replaceChildren(
       h("h2", null, one.id.split("/").join(" / ")),
-      h("p", { class: "where" }, h("a", { class: "back", href: address({ id: "" }) }, "‹ all conversations"), h("span", null, summary(one)), h("span", null, `${number} agent turns`)),
-      one.set === "rejected" && h("p", { class: "why" }, `Rejected: ${one.reason}`, one.detail ? `, ${one.detail}` : ""),
+      h("p", { class: "where" }, h("a", { class: "back", href: address({ id: "" }) }, "‹ all conversations"), h("span", null, summary(one)), h("span", null, plural(number, "agent turn"))),
+      ...(one.set === "rejected" ? [h("p", { class: "why" }, `Rejected: ${one.reason}`, one.detail ? `, ${one.detail}` : "")] : []),
       ...messages);
   }
 
-  // The address decides what is seen.
-  let drawn = null;
+  // The address decides what is seen. Where it was scrolled to is kept for each entry of the history, under a key in the entry's state, since
+  // what the browser would scroll is only drawn afterwards.
+  const places = new Map(), begun = performance.timeOrigin;
+  let drawn = null, entry = null, entries = 0;
+  function arrive(event) {
+    const known = history.state?.key, place = places.get(known) ?? (event ? undefined : history.state?.place);
+    entry = places.has(known) ? known : `${begun}/${entries++}`;
+    places.set(entry, place ?? scrollY);
+    history.replaceState({ key: entry }, "");
+    route(event);
+    if (place === undefined) return;
+    while (document.documentElement.scrollHeight < place + innerHeight && rendered < shown.length) more();
+    window.scrollTo(0, place);
+  }
   function route(event) {
     const viewing = open();
     const turned = viewer.hidden === viewing;
@@ -280,7 +292,11 @@
     else return;
     event.preventDefault();
   });
-  window.addEventListener("hashchange", route);
+  history.scrollRestoration = "manual";
+  // A scroll that the browser reports once another entry is current is not the last one's.
+  window.addEventListener("scroll", () => history.state?.key === entry && places.set(entry, scrollY));
+  window.addEventListener("pagehide", () => history.replaceState({ key: entry, place: scrollY }, ""));
+  window.addEventListener("hashchange", arrive);
   fill();
-  route();
+  arrive();
 })();

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 MODELS = {"base": "base model", "student": "student", "compared": "student before"}
+CHOSEN = "student at the threshold"
+"""The student under the threshold: what ships. What is said of a model alone is said of it as it decodes."""
 SCORERS = {"student": "student", "bag_of_words": "bag of words", "embedding": "sentence embedding"}
 """Whose score is drawn. The base model's is the student's: it comes from a layer that both have."""
 RATES = {
