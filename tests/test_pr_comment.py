@@ -17,7 +17,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stages.pr_comment import EXACT, LIMIT, MARKER, Block, code, defused, drawn, fenced, fitted, size
@@ -371,10 +371,10 @@ def posted(tmp_path):
     """The step as it stands, run by real gh against a server that keeps comments like GitHub's and whose listing can be made to fail."""
     bot = {"login": "github-actions[bot]"}
     others = [{"id": 1, "user": {"login": "somebody"}, "body": f"{MARKER}\nnot ours"}, {"id": 2, "user": bot, "body": "else"}]
-    kept = SimpleNamespace(others=others, comments=list(others), broken=False)
+    kept = SimpleNamespace(others=others, comments=list(others), broken=None, asked=[])
 
     async def listed(request):
-        return JSONResponse({"message": "Server Error"}, status_code=502) if kept.broken else JSONResponse(kept.comments)
+        return kept.broken or JSONResponse(kept.comments)
 
     async def created(request):
         kept.comments.append({"id": 3, "user": bot, **await request.json()})
@@ -390,6 +390,7 @@ def posted(tmp_path):
 
     async def by_proxy(scope, receive, send):
         """A proxy is asked for a whole URL."""
+        kept.asked += [scope["method"]] if scope["type"] == "http" else []
         await app(scope | {"path": urlsplit(scope.get("path", "")).path}, receive, send)
 
     with serving(by_proxy) as url:
@@ -412,11 +413,13 @@ def test_the_comment_is_posted_once_and_then_updated(posted):
 
 
 @pytest.mark.skipif(not shutil.which("gh"), reason="needs GitHub's gh, which GitHub's runners have")
-def test_a_listing_that_fails_is_a_failed_step_and_no_second_comment(posted):
+@pytest.mark.parametrize("answer", [JSONResponse({"message": "Server Error"}, status_code=502), Response(status_code=502)])
+def test_a_listing_that_fails_is_a_failed_step_and_no_second_comment(posted, answer):
     assert posted.post("first").returncode == 0
-    posted.broken = True
+    posted.broken, posted.asked[:] = answer, []
     done = posted.post("second")
-    assert done.returncode != 0 and "502" in done.stderr and posted.comments == [*posted.others, posted.ours("first")]
+    assert done.returncode != 0 and done.stderr
+    assert posted.asked == ["GET"] and posted.comments == [*posted.others, posted.ours("first")]
 
 
 def test_workflow_and_command_agree_on_the_marker():
