@@ -1,6 +1,6 @@
 """Write the comment for a pull request: what a revision does to the results, as Markdown on standard output.
 
-    python -m stages.pr_comment BASE [REV]      REV is HEAD unless told; what is not committed is not shown
+    python -m stages.pr_comment BASE [REV] [--names BRANCH COMMIT]     REV is HEAD unless told; what is not committed is not shown
 
 Gate and paired comparison come from `stages.gate` and `stages.compare`, the rest from `dvc … diff`. What one of them refuses stands in the
 comment in its place.
@@ -33,7 +33,7 @@ LIMIT = 65_536
 LONG = 40
 """A table with more rows is folded."""
 POINTS = 60
-"""A plotted line is thinned to this many points."""
+"""A plotted line has at most this many points."""
 
 
 # Text from data and parameters is shown as code, in which GitHub sees no link, mention, image or HTML.
@@ -134,12 +134,12 @@ def differences(what: str, base: str, rev: str) -> tuple[dict[str, Any], list[Bl
         return {}, complaint or [Block([f"`dvc {what} diff` says nothing; exit code {done.returncode}."])]
 
 
-def changed(diff: dict[str, Any], base: str, rev: str, files: Iterable[str], fold: str = "") -> Iterator[Block]:
-    """A table of the values in these files that changed; none if none did."""
+def changed(diff: dict[str, Any], names: Iterable[str], files: Iterable[str], fold: str = "") -> Iterator[Block]:
+    """A table of the values in these files that changed, with what the two revisions are called; none if none did."""
     rows = [[code(f"{Path(name).stem}: {key}"), _value(of.get("old")), _value(of.get("new")), f"{round(of['diff'], 4):+}" if "diff" in of else ""]
             for name in files for key, of in sorted(diff[name].items())]
     if rows:
-        yield table(["file: value", code(base), code(rev), "change"], rows, fold or "Changed", bool(fold))
+        yield table(["file: value", *map(code, names), "change"], rows, fold or "Changed", bool(fold))
 
 
 def _value(value: Any) -> str:
@@ -148,71 +148,103 @@ def _value(value: Any) -> str:
     return str(round(value, 4)) if isinstance(value, int | float) and not isinstance(value, bool) else code(value)
 
 
-def drawn(plots: dict[str, Any]) -> Iterator[Block]:
-    """A Mermaid chart, which GitHub draws as an image in a comment, of every plot that is a line over numbers."""
+def drawn(plots: dict[str, Any], names: dict[str, str]) -> Iterator[Block]:
+    """Mermaid charts, which GitHub draws as images in a comment, of every plot of lines over numbers: one for each of its series.
+
+    Args:
+        plots: what `dvc plots diff --json` prints.
+        names: revision -> what it is called in the titles.
+    """
     for name, plot in ((name, plot) for name, found in sorted(plots.get("data", {}).items()) for plot in found):
         try:
-            title, x, y, lines = _lines(name, plot)
+            title, x, y, series = _series(name, plot)
         except (KeyError, ValueError, TypeError):
             yield Block([f"{code(name)} is no line over numbers; `dvc plots diff` draws it."])
             continue
-        if len(lines) == 2 and len({points.tobytes() for points in lines.values()}) == 1:
-            yield Block([f"{code(title)} is the same in both."])
-        elif len({(points[0].min(), points[0].max()) for points in lines.values()}) == 1:
-            colours = zip(("grey", "blue") if len(lines) == 2 else ("",), lines, strict=True)
-            yield _chart(f"{title}: {', '.join(f'{colour} {rev}'.strip() for colour, rev in colours)}", x, y, lines)
-        else:  # a Mermaid chart stretches every line to the ends of its one x axis
-            heights = np.concatenate([points[1] for points in lines.values()])
-            for rev, points in lines.items():
-                yield _chart(f"{title}: {rev}", x, y, {rev: points}, heights)
+        for source, lines in series.items():
+            yield from _charts(f"{title}: {source}" if source else title, x, y, {names.get(rev, rev): points for rev, points in lines.items()})
 
 
-def _lines(name: str, plot: dict[str, Any]) -> tuple[str, str, str, dict[str, np.ndarray]]:
-    """Title, names of the axes, and an array (2, points), in the order of x, for every revision.
+def _series(name: str, plot: dict[str, Any]) -> tuple[str, str, str, dict[str, dict[str, np.ndarray]]]:
+    """Title, titles of the axes, and source -> revision -> an array (2, points) in the order of x.
+
+    A source is what the revisions share of a row's origin. DVC names in every row what varies in the plot: its file, its field, or both;
+    where none does, the only source is the empty text.
 
     Raises:
         KeyError, ValueError, TypeError: the plot is none of lines over numbers.
     """
     spec = plot["content"]
-    x, y = _field(spec, "x"), _field(spec, "y")
-    lines = {rev: np.array(sorted((float(row[x]), float(row[y])) for row in spec["data"]["values"] if row["rev"] == rev)).T
-             for rev in plot["revisions"]}
-    if any(points.size < 4 or not np.isfinite(points).all() for points in lines.values()):
+    x, y = _axis(spec, "x"), _axis(spec, "y")
+    rows: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in spec["data"]["values"]:
+        source = next((row[key] for key in ("filename::field", "filename", "field") if key in row), "")
+        rows.setdefault(source, {}).setdefault(row["rev"], []).append((float(row[x["field"]]), float(row[y["field"]])))
+    series = {source: {rev: np.array(sorted(of[rev])).T for rev in plot["revisions"] if rev in of} for source, of in rows.items()}
+    if not all(points.size >= 4 and np.isfinite(points).all() for lines in series.values() for points in lines.values()):
         raise ValueError(name)
-    return spec.get("title", {}).get("text") or name, x, y, lines
+    return spec.get("title", {}).get("text") or name, x.get("title") or x["field"], y.get("title") or y["field"], series
 
 
-def _field(spec: Any, axis: str) -> str:
-    """The column that a Vega-Lite specification draws along an axis."""
+def _axis(spec: Any, axis: str) -> dict[str, Any]:
+    """A Vega-Lite specification's encoding of an axis: its `field`, the column that is drawn, and its `title`."""
     for key, value in spec.items() if isinstance(spec, dict) else enumerate(spec):
         if key == axis and isinstance(value, dict) and isinstance(value.get("field"), str):
-            return value["field"]
+            return value
         if isinstance(value, dict | list):
             try:
-                return _field(value, axis)
+                return _axis(value, axis)
             except KeyError:
                 continue
     raise KeyError(axis)
+
+
+def _charts(title: str, x: str, y: str, lines: dict[str, np.ndarray]) -> Iterator[Block]:
+    """One series: a sentence if it is the same in both revisions, one chart if they cover the same x, else a chart each."""
+    if len(lines) == 2 and len({points.tobytes() for points in lines.values()}) == 1:
+        yield Block([f"{code(title)} is the same in both."])
+    elif len({(points[0].min(), points[0].max()) for points in lines.values()}) == 1:
+        colours = zip(("grey ", "blue ") if len(lines) == 2 else ("",), lines, strict=True)
+        yield _chart(f"{code(title)}: {', '.join(f'{colour}{code(rev)}' for colour, rev in colours)}", x, y, lines)
+    else:  # a Mermaid chart stretches every line to the ends of its one x axis
+        heights = np.concatenate([points[1] for points in lines.values()])
+        for rev, points in lines.items():
+            yield _chart(f"{code(title)}: {code(rev)}", x, y, {rev: points}, heights)
 
 
 def _plain(text: str) -> str:
     return re.sub(r"[^\w .,:%()+/~^-]", " ", text)[:80]
 
 
+def _decimal(value: float, digits: int = 4) -> str:
+    """A number to so many significant digits and without an exponent, which Mermaid does not read."""
+    return np.format_float_positional(value, digits, fractional=False, trim="-")
+
+
 def _chart(title: str, x: str, y: str, lines: dict[str, np.ndarray], heights: np.ndarray | None = None) -> Block:
-    """One chart; its y axis covers `heights`, so that two charts may have the same."""
+    """One chart under its title, which Mermaid would cut; its y axis covers `heights`, so that two charts may have the same.
+
+    Mermaid spreads the points of a line evenly over the x axis, so each line is drawn through values at even steps.
+    """
     heights = np.concatenate([points[1] for points in lines.values()]) if heights is None else heights
     (xs, _), *_ = lines.values()
-    thinned = [np.interp(np.linspace(points[0].min(), points[0].max(), min(POINTS, len(points[0]))), *points) for points in lines.values()]
     return Block(["\n".join([
-        "```mermaid", """%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#8b949e, #0969da"}}}}%%""", "xychart-beta",
-        f'    title "{_plain(title)}"', f'    x-axis "{_plain(x)}" {xs.min():g} --> {xs.max():g}',
-        f'    y-axis "{_plain(y)}" {heights.min():.4g} --> {heights.max():.4g}',
-        *(f"    line [{', '.join(f'{value:.4g}' for value in values)}]" for values in thinned), "```"])])
+        f"{title}\n\n```mermaid", """%%{init: {"themeVariables": {"xyChart": {"plotColorPalette": "#8b949e, #0969da"}}}}%%""", "xychart-beta",
+        f'    x-axis "{_plain(x)}" {_decimal(xs.min(), 6)} --> {_decimal(xs.max(), 6)}',
+        f'    y-axis "{_plain(y)}" {_decimal(heights.min())} --> {_decimal(heights.max())}',
+        *(f"    line [{', '.join(map(_decimal, _even(points)))}]" for points in lines.values()), "```"])])
 
 
-def sections(base: str, rev: str) -> Iterator[Block]:
-    """The comment's parts, what decides first and what is long last."""
+def _even(points: np.ndarray) -> np.ndarray:
+    """The y of a line at even steps of x: its own points if they are even and at most `POINTS`, else `POINTS` on the straight lines between them."""
+    steps = np.diff(points[0])
+    if len(points[0]) <= POINTS and np.allclose(steps, steps[0], rtol=1e-6, atol=0):
+        return points[1]
+    return np.interp(np.linspace(points[0][0], points[0][-1], POINTS), *points)
+
+
+def sections(base: str, rev: str, names: tuple[str, str]) -> Iterator[Block]:
+    """The comment's parts, what decides first and what is long last; `names` is what the revisions are called in them."""
     if revision(rev) == revision("HEAD"):
         state, gate = judged("stages.gate", "--base", base)
         yield Block([f"### Gate: {'passed' if state == 0 else 'not passed'}"])
@@ -226,31 +258,35 @@ def sections(base: str, rev: str) -> Iterator[Block]:
     rates = [path.as_posix() for path in (EXACT, JUDGE) if path.as_posix() in metrics]
     yield Block(["### Rates on the held-out companies"])
     yield from complaint
-    yield from changed(metrics, base, rev, rates) if rates else [Block(["No rate changed."])]
+    yield from changed(metrics, names, rates) if rates else [Block(["No rate changed."])]
 
     params, complaint = differences("params", base, rev)
     yield Block(["### Parameters"])
     yield from complaint
-    yield from changed(params, base, rev, sorted(params)) if params else [Block(["No parameter changed."])]
+    yield from changed(params, names, sorted(params)) if params else [Block(["No parameter changed."])]
 
     plots, complaint = differences("plots", base, rev)
     yield Block(["### Plots"])
     yield from complaint
-    yield from drawn(plots)
-    yield from changed(metrics, base, rev, sorted(set(metrics) - set(rates)), fold="Other metrics that changed")
+    yield from drawn(plots, dict(zip((base, rev), names, strict=True)))
+    yield from changed(metrics, names, sorted(set(metrics) - set(rates)), fold="Other metrics that changed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the comment for a pull request.")
     parser.add_argument("base", metavar="BASE")
     parser.add_argument("rev", metavar="REV", nargs="?", default="HEAD")
+    parser.add_argument("--names", metavar=("BRANCH", "COMMIT"), nargs=2,
+                        help="what to call them, where REV is a merge that no clone has: the branch, and the commit that was merged into it")
     options = parser.parse_args()
     base, rev = revision(options.base), revision(options.rev)
-    head = f"{MARKER}\n## Results: {code(options.base)} ({base}) → {code(options.rev)} ({rev})\n\n"
+    names = tuple(options.names or (options.base, options.rev))
+    merge = f"{code(names[1])} merged into it" if options.names else f"{code(names[1])} ({rev})"
+    head = f"{MARKER}\n## Results: {code(names[0])} ({base}) → {merge}\n\n"
     foot = f"<sub>Written by `make pr-comment BASE={base}`"
     if run_id := os.environ.get("GITHUB_RUN_ID"):
         foot += f" in [this run]({os.environ['GITHUB_SERVER_URL']}/{os.environ['GITHUB_REPOSITORY']}/actions/runs/{run_id}), which keeps DVC's plots"
-    print(fitted(head, sections(options.base, options.rev), f"{foot}.</sub>"))
+    print(fitted(head, sections(options.base, options.rev, names), f"{foot}.</sub>"))
 
 
 if __name__ == "__main__":
