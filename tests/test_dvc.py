@@ -58,7 +58,8 @@ def test_an_edited_parameter_reruns_what_it_must_and_no_more(param, reached):
     ("stages/eval_judge.py", {"eval_judge"}),
     ("stages/oversample.py", {"oversample"} | STUDENT),
     ("agent/endpoint.py", {"teacher_gen", "verify", "oversample", "handoff_score", "predict_base", "yardsticks"} | STUDENT),
-    ("agent/decode.py", {"handoff_score", "predict_base", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
+    ("agent/decode.py", {"predict_base", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
+    ("agent/prefill.py", {"handoff_score", "predict_base", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
     ("stages/_threshold.py", {"calibrate"}),
     ("stages/_bag_of_words.py", {"corpus", "handoff_score", "yardsticks", "eval_exact", "eval_judge", "calibrate"}),
 ])
