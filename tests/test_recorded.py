@@ -12,7 +12,6 @@ import polars as pl
 import pytest
 import yaml
 
-from agent.decode import groups
 from schemas.action import parse_action
 from schemas.errors import InputError
 from schemas.mapping import Mapping, load_mapping
@@ -172,10 +171,9 @@ def test_conversations_of_one_company_that_began_with_other_prompts_are_never_co
         encoded = encode_table(read_table(verify.TRAIN, Verified), encoder())
     assert len({system for system, _, _ in encoded}) == 2
     batches = make_batches([Example(system, rows, []) for system, _, rows in encoded], 10_000, 1)
-    together = [*([example.encoded for example in batch] for batch in batches), *([rows for _, _, rows in group] for group in groups(encoded, 16))]
-    for batch in together:
-        assert len({tuple(rows.ids[:rows.prefix]) for rows in batch}) == 1
-    assert sum(map(len, together)) == 2 * len(encoded)
+    for batch in batches:
+        assert len({tuple(example.encoded.ids[:example.encoded.prefix]) for example in batch}) == 1
+    assert sum(map(len, batches)) == len(encoded)
 
 
 @pytest.mark.parametrize("log, messages", [
