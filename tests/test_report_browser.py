@@ -141,14 +141,30 @@ def test_a_link_to_one_conversation_and_the_back_button(report, visit):
     expect(page.locator("#results")).to_be_hidden()
 
 
+def settled(page):
+    """Where the page stands once it has stood there for ten frames: it has heard of the scroll, and the list has grown."""
+    return page.evaluate("""new Promise((done) => {
+        let place = scrollY, frames = 0;
+        requestAnimationFrame(function look() {
+            frames = scrollY === place ? frames + 1 : 0;
+            place = scrollY;
+            if (frames < 10) requestAnimationFrame(look); else done(place);
+        });
+    })""")
+
+
 def scrolled(page, to):
-    """Scroll to a height, and let the page hear of it."""
-    page.evaluate("(to) => new Promise((done) => { scrollTo(0, to); requestAnimationFrame(() => requestAnimationFrame(done)); })", to)
-    assert page.evaluate("scrollY") == to
+    page.evaluate("(to) => scrollTo(0, to)", to)
+    assert settled(page) == to
 
 
 def comes_to(page, height):
     page.wait_for_function("(height) => Math.abs(scrollY - height) <= 2", arg=height, timeout=5000)
+
+
+def follow(link):
+    """Click without Playwright's scrolling the link into full view first."""
+    link.evaluate("(link) => link.click()")
 
 
 def test_back_and_forward_lead_to_where_one_was(report, visit):
@@ -156,14 +172,14 @@ def test_back_and_forward_lead_to_where_one_was(report, visit):
     page = visit(report, height=500)
     cell = page.locator("table.confusion a[href*='gold=escalate&model=student&action=search_kb']")
     cell.scroll_into_view_if_needed()
-    high = page.evaluate("scrollY")
+    high = settled(page)
     assert high > 500
-    cell.click()
+    follow(cell)
     page.locator("#list a").first.wait_for()
     page.goto(report.as_uri() + f"#/conversations?id={longest['id']}")
     expect(page.locator("#conversation h2")).to_be_visible()
     scrolled(page, 130)
-    page.locator("#list a").nth(2).click()
+    follow(page.locator("#list a").nth(2))
     comes_to(page, 0)
     page.go_back()
     comes_to(page, 130)
@@ -175,8 +191,6 @@ def test_back_and_forward_lead_to_where_one_was(report, visit):
     page.go_forward()
     expect(page.locator("#conversation h2")).to_have_text(" / ".join(longest["id"].split("/")))
     comes_to(page, 130)
-    page.reload()
-    comes_to(page, 130)
 
 
 def test_back_does_not_return_to_the_turn_that_the_link_named(report, visit):
@@ -185,7 +199,7 @@ def test_back_does_not_return_to_the_turn_that_the_link_named(report, visit):
     page = visit(report, f"#/conversations?id={longest['id']}&turn={last}", height=500)
     page.wait_for_function("scrollY > 100")
     scrolled(page, 40)
-    page.locator("#list a").nth(2).click()
+    follow(page.locator("#list a").nth(2))
     comes_to(page, 0)
     page.go_back()
     comes_to(page, 40)
@@ -194,9 +208,9 @@ def test_back_does_not_return_to_the_turn_that_the_link_named(report, visit):
 def test_back_leads_a_phone_to_its_place_in_the_list(report, visit):
     page = visit(report, "#/conversations", width=390, height=740, has_touch=True)
     page.locator("#list a").nth(70).scroll_into_view_if_needed()
-    high = page.evaluate("scrollY")
+    high = settled(page)
     assert high > 2000
-    page.locator("#list a").nth(70).tap()
+    follow(page.locator("#list a").nth(70))
     expect(page.locator("#conversation h2")).to_be_visible()
     comes_to(page, 0)
     page.go_back()

@@ -227,7 +227,7 @@
   const places = new Map(), begun = performance.timeOrigin;
   let drawn = null, entry = null, entries = 0;
   function arrive(event) {
-    const known = history.state?.key, place = places.get(known) ?? (event ? undefined : history.state?.place);
+    const known = history.state?.key, place = places.get(known);
     entry = places.has(known) ? known : `${begun}/${entries++}`;
     places.set(entry, place ?? scrollY);
     history.replaceState({ key: entry }, "");
@@ -295,7 +295,6 @@
   history.scrollRestoration = "manual";
   // A scroll that the browser reports once another entry is current is not the last one's.
   window.addEventListener("scroll", () => history.state?.key === entry && places.set(entry, scrollY));
-  window.addEventListener("pagehide", () => history.replaceState({ key: entry, place: scrollY }, ""));
   window.addEventListener("hashchange", arrive);
   fill();
   arrive();
