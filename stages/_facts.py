@@ -63,8 +63,8 @@ _WORDS = [(re.compile(rf"\b{word}\b", re.IGNORECASE), number) for word, number i
 class Fact:
     """A number as a text uses it.
 
-    `kind` is what it measures, `""` for nothing known. `readings` is what it may mean: more than one for 4/3 or half past seven in the
-    morning or evening. `digits` are the numbers that it is written with, and `text` the place.
+    `kind` is what it measures, `""` for nothing known; `readings` what it may mean, several for a date like 4/3 or a time like 7:30 (morning or
+    evening); `digits` the numbers that it is written with; `text` the place in the text; `written_out` whether it was put in words.
     """
 
     kind: str
@@ -78,9 +78,8 @@ def unsupported(message: str, sources: list[str]) -> str | None:
     """The first number, date or title in `message` that no source has; None if all are covered."""
     known = [fact for source in sources for fact in _stated(source)]
     for fact in _facts(message):
-        if _is_figure_of_speech(fact) or any(_covers(source, fact) for source in known):
-            continue
-        return f"the {fact.kind if fact.kind in ('date', 'time of day') else 'number'} {fact.text}"
+        if not _is_figure_of_speech(fact) and not any(_covers(source, fact) for source in known):
+            return f"the {fact.kind if fact.kind in ('date', 'time of day') else 'number'} {fact.text}"
     everything = _plain(" ".join(sources))
     for match in _QUOTED.finditer(message):
         title = _plain(match[match.lastindex or 0])
@@ -89,16 +88,17 @@ def unsupported(message: str, sources: list[str]) -> str | None:
     titles = [_plain(line.partition(": ")[0]) for source in sources for line in source.splitlines() if ": " in line]
     for match in _NAMED.finditer(message):
         title = _plain(match[1])
-        if not _stands_in(title, everything) and not any(title.startswith(f"{known} ") for known in titles):
+        if not _stands_in(title, everything) and not any(title.startswith(f"{name} ") for name in titles if name):
             return f"the article '{title}'"
     return None
 
 
 def _is_figure_of_speech(fact: Fact) -> bool:
-    return fact.written_out and (fact.kind == "ordinal" or fact.kind == "" and Decimal(min(fact.digits)) <= LARGEST_FIGURE_OF_SPEECH)
+    return fact.written_out and (fact.kind == "ordinal" or (fact.kind == "" and Decimal(min(fact.digits)) <= LARGEST_FIGURE_OF_SPEECH))
 
 
 def _covers(source: Fact, fact: Fact) -> bool:
+    """Whether `source` has `fact`: the same amount of the same thing; a number alone is covered by any, and by a number alone what is counted."""
     if fact.kind in ("", "ordinal"):
         return bool(source.digits & fact.digits)
     if source.kind == fact.kind:
@@ -113,8 +113,7 @@ def _stated(source: str) -> tuple[Fact, ...]:
         source = pattern.sub(number, source)
     found = list(_facts(source, articles=True))
     months = {_month(match[0]) for match in re.finditer(_MONTH, source, re.IGNORECASE)}
-    days = [fact for fact in found if fact.kind == "ordinal"]
-    return *found, *(Fact("date", frozenset(f"{number}.{month}" for number in fact.digits for month in months), fact.digits, fact.text) for fact in days)
+    return *found, *(Fact(*_date(number, month), fact.text) for fact in found if fact.kind == "ordinal" for number in fact.digits for month in months)
 
 
 def _facts(text: str, articles: bool = False) -> Iterator[Fact]:
@@ -148,7 +147,7 @@ def _read(match: re.Match[str], in_digits: frozenset[str]) -> Iterator[tuple[str
                 yield _date(day, _month(month))
     elif "month" in found:
         if not found["day"].isdigit() or _digits(found["day"]) <= in_digits:  # else it is "the January one"
-            yield _date(found["day"].rstrip("stndrdth"), _month(found["month"]))
+            yield _date(re.sub(r"\D", "", found["day"]), _month(found["month"]))
     elif "clock" in found:
         yield "time of day", _clock(match[0]), _digits(match[0])
     elif "ordinal" in found or "bare" in found:
