@@ -1,61 +1,198 @@
-"""Numbers, prices, dates and quoted titles in a text, for asking where a reply has them from."""
+"""Numbers with what they measure, dates and titles in a text, for asking where a reply has them from."""
 
 from __future__ import annotations
 
 import re
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
 
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+from text_to_num import alpha2digit
+
+LARGEST_FIGURE_OF_SPEECH = 10
+"""A number that a message writes out and that measures nothing is a fact above this one: "two ways", "Ten points for planning", "all four of you"
+are said freely in the corpus, larger ones are not. Written in digits, or of days, pounds or anything else in `_UNITS`, a number is always a fact."""
+
+_CENT = Decimal("0.01")
+_DAY_S = 86_400
+_UNITS: dict[str, tuple[str, Decimal | int]] = {  # word -> what it measures, and how much: a week is 7 days, a month is not 30
+    **dict.fromkeys(("second", "seconds", "sec", "secs"), ("duration", 1)), **dict.fromkeys(("minute", "minutes", "min", "mins"), ("duration", 60)),
+    **dict.fromkeys(("hour", "hours", "h", "hr", "hrs"), ("duration", 3600)), **dict.fromkeys(("day", "days"), ("duration", _DAY_S)),
+    **dict.fromkeys(("week", "weeks"), ("duration", 7 * _DAY_S)), **dict.fromkeys(("fortnight", "fortnights"), ("duration", 14 * _DAY_S)),
+    **dict.fromkeys(("month", "months"), ("months", 1)), **dict.fromkeys(("year", "years"), ("months", 12)),
+    **dict.fromkeys(("working day", "working days", "business day", "business days"), ("working days", 1)),
+    **dict.fromkeys(("%", "percent", "per cent"), ("percent", 1)),
+    **dict.fromkeys(("£", "gbp", "pound", "pounds", "quid"), ("£", 1)), **dict.fromkeys(("p", "pence"), ("£", _CENT)),
+    **dict.fromkeys(("€", "eur", "euro", "euros"), ("€", 1)), **dict.fromkeys(("ct", "cent", "cents"), ("€", _CENT)),
+    **dict.fromkeys(("$", "usd", "dollar", "dollars"), ("$", 1))}
+_COUNTABLE = ("duration", "months", "working days", "time of day")
+"""What a source may leave unsaid: asked for the hours, a customer answers "seven". Nobody in the corpus answers so for money, percent or a date."""
+
+_NUMBER = r"\d+(?:[.,]\d+)*"
+_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+,\d+")
 _DECIMAL_COMMA = re.compile(r"\d+,\d{1,2}")
-_MONTH = r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)"
-_DATE = re.compile(rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?(?: of)? ({_MONTH})|({_MONTH}) \d{{1,2}})\b", re.IGNORECASE)
-_QUOTED = re.compile(r"[“\"]([^”\"\n]*)[”\"]|‘([^’\n]*)’")
-_WORDS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-          "nineteen twenty").split()
-_NUMBER_WORDS = {word: str(number) for number, word in enumerate(_WORDS)} | {
-    "thirty": "30", "forty": "40", "fifty": "50", "sixty": "60", "seventy": "70", "eighty": "80", "ninety": "90", "hundred": "100",
-    "once": "1", "twice": "2", "first": "1", "second": "2", "third": "3", "fourth": "4", "fifth": "5"}
+_MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+_MONTH = (r"(?:\b(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|(?-i:M(?:ay|AY))|may(?=\s*(?:[^\w\s]|$))|june?|july?|aug(?:ust)?|sept?(?:ember)?"
+          r"|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\b)")  # a small "may" only where the clause ends: "on 3 may." but not "the 3 may"
+_DAY = r"\d{1,2}(?:st|nd|rd|th)?"
+_DAYS = rf"(?:{_DAY}(?:,\s*(?:the\s+)?{_DAY})*(?:\s*[-–]\s*|,?\s+(?:and|or|to)\s+(?:the\s+)?))?{_DAY}"
+_UNIT_WORDS = "|".join(sorted((unit.replace(" ", r"\s+") for unit in _UNITS if unit.isascii() and unit[0].isalpha()), key=len, reverse=True))
+_FACT = re.compile(rf"""
+    (?<=\d\d\d\d-)(?P<iso>\d\d-\d\d)\b
+  | (?<![\d/.])(?P<slashed>\d{{1,2}}/\d{{1,2}}(?!\d)|\d{{1,2}}\.\d{{1,2}}\.(?=(?:\d\d){{1,2}}\b))
+  | \b(?P<days>{_DAYS})\s+(?:of\s+)?(?P<months>{_MONTH}(?:(?:,\s*|\s+(?:and|or)\s+){_MONTH})*)
+  | (?P<month>{_MONTH})\s+(?:the\s+)?(?P<day>{_DAY})\b(?!\s*[:£€$%]|[\s-]+(?:{_UNIT_WORDS})\b)
+  | \b(?P<clock>\d{{1,2}}(?:[:.]\d\d)?\s*(?:[ap]\.?m\b|o['’]clock)|\d{{1,2}}:\d\d\b)
+  | (?P<symbol>[£€$]|\b(?:GBP|EUR|USD)\b)\s?(?P<amounts>{_NUMBER}(?:\s?[-–]\s?{_NUMBER}\b(?!\s*(?:[%€£$]|(?:{_UNIT_WORDS})\b)))?)
+  | (?P<numbers>(?:(?<![\w-]){_NUMBER}(?:\s*[-–]\s*|\s+(?:to|or)\s+))?{_NUMBER})(?P<unit>\s?[£€$%](?!\d)|[\s-]*(?:{_UNIT_WORDS})\b)
+  | (?P<ordinal>\d+(?:st|nd|rd|th)\b)
+  | (?P<bare>{_NUMBER})
+    """, re.VERBOSE | re.IGNORECASE)
+_QUOTED = re.compile(r"“([^”\n]*)”|„([^“”\n]*)[“”]|\"([^\"\n]*)\"|«([^»\n]*)»|‘((?:[^’\n]|’(?=\w))*)’|(?<![^\s(])'((?:[^'\n]|'(?=\w))*)'(?!\w)")
+_NAMED = re.compile(r"\barticle:?\s+(?:called\s+|titled\s+|named\s+)?(?=[A-Z])([^.,;:!?\n“”\"]*)")
+_FRACTIONS = [
+    (re.compile(rf"\bhalf an?\s+(?=(?:{_UNIT_WORDS})\b(?!-))", re.IGNORECASE), "0.5 "), (re.compile(r"\b(\d+) and a half\b", re.IGNORECASE), r"\1.5"),
+    (re.compile(rf"\b(?:an?|1) ((?:{_UNIT_WORDS})) and a half\b", re.IGNORECASE), r"1.5 \1")]
+_ONE = re.compile(rf"\b(?<!half )(?:an?|per|each|every)\s+(?=(?:{_UNIT_WORDS})\b(?!-))", re.IGNORECASE)
+_WORDS = [(re.compile(rf"\b{word}\b", re.IGNORECASE), number) for word, number in
+          {"once": "1", "twice": "2", "dozen": "12", "noon": "12:00", "midday": "12:00", "midnight": "0:00"}.items()]
 
 
-def numbers(text: str) -> set[str]:
-    """Numbers written in digits, normalised: `£1,200.00` and `1200` are alike, `12,50` is 12.5; a time or a date gives its parts."""
-    return {_normal(match[0]) for match in _NUMBER.finditer(text)}
+@dataclass(frozen=True)
+class Fact:
+    """A number as a text uses it.
 
+    `kind` is what it measures, `""` for nothing known; `readings` what it may mean, several for a date like 4/3 or a time like 7:30 (morning or
+    evening); `digits` the numbers that it is written with; `text` the place in the text; `written_out` whether it was put in words.
+    """
 
-def number_words(text: str) -> set[str]:
-    """Numbers written out (`three`, `twice`), as digits. Only sources are read so: a customer may say "three", the agent answer 3."""
-    words = re.findall(r"[a-z]+", text.lower())
-    found = {_NUMBER_WORDS[word] for word in words if word in _NUMBER_WORDS}
-    tens = {word: value for word, value in _NUMBER_WORDS.items() if len(value) == 2 and value.endswith("0") and value > "10"}
-    return found | {tens[ten][0] + _NUMBER_WORDS[unit] for ten, unit in pairwise(words)
-                    if ten in tens and len(_NUMBER_WORDS.get(unit, "00")) == 1}
-
-
-def months(text: str) -> set[str]:
-    """Months that are part of a date, by their first three letters."""
-    return {(match[1] or match[2]).lower()[:3] for match in _DATE.finditer(text)}
+    kind: str
+    readings: frozenset[str]
+    digits: frozenset[str]
+    text: str
+    written_out: bool = False
 
 
 def unsupported(message: str, sources: list[str]) -> str | None:
-    """The first number, date or quoted title in `message` that no source has; None if all are covered."""
-    known = set[str]().union(*(numbers(text) | number_words(text) for text in sources))
-    if missing := sorted(numbers(message) - known):
-        return f"the number {missing[0]}"
-    everything = " ".join(" ".join(sources).lower().split())
-    for month in sorted(months(message)):
-        if not re.search(rf"\b{month}|-\d\d-|/\d", everything):
-            return f"a date in {month}"
+    """The first number, date or title in `message` that no source has; None if all are covered."""
+    known = [fact for source in sources for fact in _stated(source)]
+    for fact in _facts(message):
+        if not _is_figure_of_speech(fact) and not any(_covers(source, fact) for source in known):
+            return f"the {fact.kind if fact.kind in ('date', 'time of day') else 'number'} {fact.text}"
+    everything = _plain(" ".join(sources))
     for match in _QUOTED.finditer(message):
-        title = " ".join((match[1] or match[2] or "").lower().split()).strip(" .,!?")
-        if " " in title and title not in everything:
+        title = _plain(match[match.lastindex or 0])
+        if title and not _stands_in(title, everything):
             return f"the quotation '{title}'"
+    titles = [_plain(line.partition(": ")[0]) for source in sources for line in source.splitlines() if ": " in line]
+    for match in _NAMED.finditer(message):
+        title = _plain(match[1])
+        if not _stands_in(title, everything) and not any(title.startswith(f"{name} ") for name in titles if name):
+            return f"the article '{title}'"
     return None
 
 
+def _is_figure_of_speech(fact: Fact) -> bool:
+    return fact.written_out and (fact.kind == "ordinal" or (fact.kind == "" and Decimal(min(fact.digits)) <= LARGEST_FIGURE_OF_SPEECH))
+
+
+def _covers(source: Fact, fact: Fact) -> bool:
+    """Whether `source` has `fact`: the same amount of the same thing; a number alone is covered by any, and by a number alone what is counted."""
+    if fact.kind in ("", "ordinal"):
+        return bool(source.digits & fact.digits)
+    if source.kind == fact.kind:
+        return bool(source.readings & fact.readings)
+    return not source.kind and fact.kind in _COUNTABLE and fact.digits - {"0"} <= source.digits
+
+
+@lru_cache(maxsize=4096)
+def _stated(source: str) -> tuple[Fact, ...]:
+    """The facts of a source. "A month" is 1 month there, and "the 21st" is a day of every month that the same source names."""
+    for pattern, number in _WORDS:
+        source = pattern.sub(number, source)
+    found = list(_facts(source, articles=True))
+    months = {_month(match[0]) for match in re.finditer(_MONTH, source, re.IGNORECASE)}
+    return *found, *(Fact(*_date(number, month), fact.text) for fact in found if fact.kind == "ordinal" for number in fact.digits for month in months)
+
+
+def _facts(text: str, articles: bool = False) -> Iterator[Fact]:
+    """Every number in `text`, written in digits or out; with `articles` also the 1 of "a month" and "per month"."""
+    in_digits = _digits(text)
+    text = alpha2digit(re.sub(r"(?<=\d)[\s-]second\b", " seconds", text), "en", -1)  # which would take it for the 2nd
+    for pattern, number in _FRACTIONS:
+        text = pattern.sub(number, text)
+    if articles:
+        text = _ONE.sub("1 ", text)
+    for match in _FACT.finditer(text):
+        place = " ".join(match[0].split())
+        for kind, readings, digits in _read(match, in_digits):
+            yield Fact(kind, readings, digits, place, written_out=not digits <= in_digits)
+
+
+def _read(match: re.Match[str], in_digits: frozenset[str]) -> Iterator[tuple[str, frozenset[str], frozenset[str]]]:
+    """Kind, readings and digits of what a match of `_FACT` states; several where it lists several."""
+    found = {name: value for name, value in match.groupdict().items() if value}
+    if "iso" in found:
+        month, day = match[0].split("-")
+        yield _date(day, int(month))
+    elif "slashed" in found:
+        first, second = re.findall(r"\d+", match[0])
+        days = [(day, int(month)) for day, month in ((first, second), (second, first)) if int(day) <= 31 and 1 <= int(month) <= 12]
+        readings = frozenset[str]().union(*(_date(*day)[1] for day in days)) if match[0] != "24/7" else None
+        yield ("date", readings, _digits(match[0])) if readings else ("", _digits(match[0]), _digits(match[0]))
+    elif "months" in found:
+        for month in re.findall(_MONTH, found["months"], re.IGNORECASE):
+            for day in re.findall(r"\d+", found["days"]):
+                yield _date(day, _month(month))
+    elif "month" in found:
+        if not found["day"].isdigit() or _digits(found["day"]) <= in_digits:  # else it is "the January one"
+            yield _date(re.sub(r"\D", "", found["day"]), _month(found["month"]))
+    elif "clock" in found:
+        yield "time of day", _clock(match[0]), _digits(match[0])
+    elif "ordinal" in found or "bare" in found:
+        yield "ordinal" if "ordinal" in found else "", _digits(match[0]), _digits(match[0])
+    else:
+        kind, factor = _UNITS[" ".join((found.get("unit") or found["symbol"]).lower().replace("-", " ").split())]
+        for number in sorted(_digits(match[0])):
+            if number.count(".") < 2:
+                yield kind, frozenset({_normal(f"{Decimal(number) * factor:f}")}), frozenset({number})
+
+
+def _date(day: str, month: int) -> tuple[str, frozenset[str], frozenset[str]]:
+    return "date", frozenset({f"{int(day)}.{month}"}), _digits(day)
+
+
+def _clock(text: str) -> frozenset[str]:
+    hour, *minute = re.findall(r"\d+", text)
+    half = re.search(r"[ap](?=\.?m)", text.lower())
+    if half:
+        hours = {int(hour) % 12 + 12 * (half[0] == "p")}
+    else:
+        hours = {int(hour)} if hour[0] == "0" or int(hour) > 12 else {int(hour) % 12, int(hour) % 12 + 12}
+    return frozenset(f"{h}:{minute[0] if minute else '00'}" for h in hours)
+
+
+def _month(name: str) -> int:
+    return 1 + _MONTHS.index(name[:3].lower())
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().replace("’", "'").split()).strip(" .,!?")
+
+
+def _stands_in(title: str, text: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(title)}(?!\w)", text) is not None
+
+
+def _digits(text: str) -> frozenset[str]:
+    return frozenset(_normal(number) for number in re.findall(_NUMBER, text))
+
+
 def _normal(number: str) -> str:
+    """A number as Decimal reads it, without needless zeros: `1,200.00` and `1.200,00` are 1200, `12,50` is 12.5."""
     if _GROUPED.fullmatch(number):
-        number = number.replace(",", "")
+        number = number.replace(".", "").replace(",", ".") if number.rfind(",") > number.rfind(".") > 0 else number.replace(",", "")
     elif _DECIMAL_COMMA.fullmatch(number):
         number = number.replace(",", ".")
     whole, _, decimals = number.partition(".")

@@ -154,7 +154,7 @@ OTHERS, HANDOFF, ARTICLE = "scenarios/others.yaml", "scenarios/handoff.yaml", "a
     ("policy.md", "Hand off:", "word " * 125 + "Hand off:", "policy.md: 163 words, at most 150"),
     (ARTICLE, "A new tin leaves the warehouse on the next Tuesday, and you may keep the old one.", "", "dented-tins.md: 40 words"),
     (ARTICLE, "Write to us", "word " * 70 + "Write to us", "dented-tins.md: 127 words"),
-    (OTHERS, "a new tin leaves on Tuesday for", "a new tin leaves at 17:30 for", "message 9: unsupported_fact: the number 17"),
+    (OTHERS, "a new tin leaves on Tuesday for", "a new tin leaves at 17:30 for", "message 9: unsupported_fact: the time of day 17:30"),
     (OTHERS, "ticket_id: CK-2001", "ticket_id: CK-9999", "message 7: unknown_ticket: CK-9999"),
     (OTHERS, "message: A link for a", "message: A link for" + " word" * 85, "message 1: too_long: a message of"),
     (HANDOFF, "She sent nothing to Tromsø and lives alone, so a stranger used the account.",
