@@ -10,7 +10,6 @@ Yu et al. 2022, "Orca").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from agent.encode import Encoded
 from agent.prefill import Prefill
+from agent.student import attention
 from schemas.action import ActionName
 
 ACTION_OPENING = '"action": "'
@@ -148,16 +148,6 @@ def _tree_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: 
 AttentionInterface.register("handoff_trees", _tree_attention)
 
 
-@contextmanager
-def _attention(model: Any, name: str) -> Iterator[None]:
-    config = model.config.get_text_config()
-    before, config._attn_implementation = config._attn_implementation, name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 class TurnDecoder:
     """Decodes with one model.
 
@@ -228,5 +218,5 @@ class TurnDecoder:
         going = [branch for tree in trees for branch in tree.going]
         last = torch.tensor([[branch.tokens[-1] for branch in going]])
         positions = torch.tensor([[branch.start + len(branch.tokens) - 1 for branch in going]])
-        with _attention(self.model, "handoff_trees"):
+        with attention(self.model, "handoff_trees"):
             return self.model(input_ids=last, position_ids=positions, use_cache=False, trees=trees).logits[0].float()

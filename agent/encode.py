@@ -39,6 +39,15 @@ class Encoded:
             labels[start:end] = self.ids[start:end]
         return labels
 
+    @property
+    def supervised(self) -> int:
+        """How many tokens are the agent's own."""
+        return sum(end - start for start, end in self.spans)
+
+    def prompt_ends(self) -> list[int]:
+        """Where every agent turn's prompt ends: its last token, counted from behind the prefix."""
+        return [start - self.prefix - 1 for start, _ in self.spans]
+
 
 class Encoder:
     """Encodes conversations with one tokenizer (any `transformers` fast tokenizer with a chat template)."""

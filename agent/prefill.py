@@ -17,7 +17,7 @@ class Prefill:
     One conversation at a time: on a CPU a longer batch is no faster, and it would be padded.
 
     Args:
-        model: a causal language model in evaluation mode.
+        model: a causal language model in evaluation mode, or some of its layers.
 
     Raises:
         InputError: the model has layers whose memory is no list of past keys and values, so that a beginning cannot be shared.
@@ -28,23 +28,40 @@ class Prefill:
             raise InputError("the student has layers with linear or sliding-window attention; its agent turns cannot be decoded side by side",
                              "choose student.weights with full attention in every layer, e.g. of the SmolLM2, Llama or Qwen3 families")
         self._network, self._config = backbone(model), model.config
-        self._prefixes: dict[tuple[int, ...], Any] = {}
+        self._prefixes: dict[tuple[int, ...], tuple[torch.Tensor, Any]] = {}
+
+    def prefix(self, ids: tuple[int, ...]) -> torch.Tensor:
+        """The last hidden states of a beginning, (P, H)."""
+        return self._prefix(ids)[0]
 
     @torch.inference_mode()
+    def rest(self, encoded: Encoded) -> tuple[torch.Tensor, Any]:
+        """Read one conversation.
+
+        Returns:
+            the last hidden states of what stands behind its prefix, (S - P, H), and the cache of keys and values of all of it,
+            (1, heads, S, D) a layer.
+        """
+        prefix = tuple(encoded.ids[:encoded.prefix])
+        cache = self._empty()
+        for number, layer in enumerate(self._prefix(prefix)[1].layers):
+            cache.update(layer.keys, layer.values, number)
+        return self._read(encoded.ids[len(prefix):], cache)
+
     def __call__(self, encoded: Encoded) -> tuple[torch.Tensor, Any]:
         """Read one conversation.
 
         Returns:
-            the last hidden state of every agent turn's prompt, shape (turns, H), and the cache of keys and values, (1, heads, S, D) a layer.
+            the last hidden state of every agent turn's prompt, shape (turns, H), and the cache as `rest` gives it.
         """
-        prefix = tuple(encoded.ids[:encoded.prefix])
-        if prefix not in self._prefixes:
-            self._prefixes[prefix] = self._read(list(prefix), self._empty())[1]
-        cache = self._empty()
-        for number, layer in enumerate(self._prefixes[prefix].layers):
-            cache.update(layer.keys, layer.values, number)
-        hidden, cache = self._read(encoded.ids[len(prefix):], cache)
-        return hidden[[start - len(prefix) - 1 for start, _ in encoded.spans]], cache
+        hidden, cache = self.rest(encoded)
+        return hidden[encoded.prompt_ends()], cache
+
+    @torch.inference_mode()
+    def _prefix(self, ids: tuple[int, ...]) -> tuple[torch.Tensor, Any]:
+        if ids not in self._prefixes:
+            self._prefixes[ids] = self._read(list(ids), self._empty())
+        return self._prefixes[ids]
 
     def _empty(self) -> Any:
         from transformers import DynamicCache
@@ -52,4 +69,4 @@ class Prefill:
         return DynamicCache(config=self._config)
 
     def _read(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
-        return self._network(input_ids=torch.tensor([ids]), cache=cache, use_cache=True).last_hidden_state[0], cache
+        return self._network(input_ids=torch.tensor([ids], device=self._network.device), cache=cache, use_cache=True).last_hidden_state[0], cache

@@ -189,6 +189,17 @@ def backbone(model: Any) -> Any:
 
 
 @contextmanager
+def attention(model: Any, name: str) -> Iterator[None]:
+    """Let the model attend by the function of that name in transformers' AttentionInterface, for the time of a `with` block."""
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
 def only_layers(model: Any, first: int, last: int) -> Iterator[None]:
     """Let the model consist of its layers from `first` up to, not including, `last`, for the time of a `with` block.
 
@@ -219,41 +230,3 @@ def _number(layers: Any) -> None:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number
-
-
-def read_rows(model: Any, prefix: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Run several sequences that begin alike; the common beginning is computed once.
-
-    The gradient flows through the shared keys and values, so it equals that of running every sequence whole.
-
-    Args:
-        model: the causal language model.
-        prefix: the common beginning: token ids, shape (1, P), or what enters the first layer, (1, P, H); P may be 0.
-        rows: the rest of every sequence, right-padded: token ids, shape (B, L), or what enters the first layer, (B, L, H).
-        mask: 1 for tokens, 0 for padding, shape (B, L).
-
-    Returns:
-        hidden states of `rows`, shape (B, L, H), and the cache that holds keys and values of prefix and rows.
-    """
-    from transformers import DynamicCache
-
-    network, count, length = backbone(model), len(rows), prefix.shape[1]
-    cache = DynamicCache(config=model.config)
-    if length:
-        network(**_entering(prefix), cache=cache, use_cache=True)
-        layers: list[Any] = cache.layers
-        for layer in layers:
-            layer.keys, layer.values = layer.keys.expand(count, -1, -1, -1), layer.values.expand(count, -1, -1, -1)
-    whole = torch.cat([mask.new_ones(count, length), mask], dim=1)
-    return network(**_entering(rows), attention_mask=whole, cache=cache, use_cache=True).last_hidden_state, cache
-
-
-def _entering(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
-
-
-def stack_rows(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-pad sequences, (L_i) or (L_i, H) each: the batch, (B, L) or (B, L, H), and its mask, (B, L)."""
-    rows = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
-    lengths = torch.tensor([len(part) for part in parts])
-    return rows, (torch.arange(rows.shape[1]) < lengths[:, None]).long()

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stages.qlora_train import Example
+from stages._batches import Example
 
 ENTERING = ("q_proj", "k_proj", "v_proj")
 """Linear layers that read what enters a layer."""
@@ -62,7 +62,7 @@ def linear_flop(model: Any, layers: Sequence[Any], first: int, batches: Sequence
                 back = tokens if number + 1 < len(layers) or name in READ_BY_OTHERS else rest
                 needed = not (number == first and name in ENTERING)
                 above += 2 * (weights * needed + rank * (inputs * (1 + needed) + 2 * outputs)) * back
-        supervised = sum(end - start for example in batch for start, end in example.encoded.spans)
+        supervised = sum(example.encoded.supervised for example in batch)
         above += 4 * head.in_features * head.out_features * supervised
     return below, above
 

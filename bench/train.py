@@ -27,7 +27,8 @@ from stages._stage import load_params, read_table
 if TYPE_CHECKING:
     from agent.encode import Encoded
     from agent.student import StudentParams
-    from stages.qlora_train import Example, QloraTrainParams
+    from stages._batches import Example
+    from stages.qlora_train import QloraTrainParams
 
 TRAIN = Path("data/oversample/train.parquet")
 MATMUL = 2048
@@ -100,17 +101,21 @@ def our_round(model: Any, setting: Setting, batches: list[list[Example]], folder
     """One pass over batches with the stage's trainer: seconds, with the layers that carry no adapter, and the mean loss."""
     from transformers import TrainerState
 
+    from agent.layer_states import LayerStates
     from agent.student import only_layers, shares_prefix
-    from stages.qlora_train import Reader, make_trainer
+    from stages._batches import Collator
+    from stages.qlora_train import make_trainer
 
     layers, first = model.config.get_text_config().num_hidden_layers, setting.params.first_layer
-    reader = Reader(shares_prefix(model))
-    started = time.monotonic()
-    if first:
-        reader.freeze(model, batches, first)
-    frozen = time.monotonic() - started
-    with only_layers(model, first, layers) if first else nullcontext():
-        seconds, loss = timed(make_trainer(model, setting.tokenizer, batches, reader, setting.params, folder, TrainerState()))
+    started, states = time.monotonic(), None
+    with tempfile.TemporaryDirectory() as kept:
+        if first:
+            states = LayerStates(model, first, Path(kept))
+            states.compute([example.encoded for batch in batches for example in batch], "layers without an adapter")
+        frozen = time.monotonic() - started
+        collator = Collator(shares_prefix(model), states)
+        with only_layers(model, first, layers) if first else nullcontext():
+            seconds, loss = timed(make_trainer(model, setting.tokenizer, batches, collator, setting.params, folder, TrainerState()))
     return frozen + seconds, loss
 
 
@@ -155,8 +160,9 @@ def draw(options: argparse.Namespace) -> tuple[Setting, float]:
     """
     from agent.encode import Encoder
     from agent.student import StudentParams, load_tokenizer
+    from stages._batches import count_copies, make_batches
     from stages._conversations import encode_table
-    from stages.qlora_train import QloraTrainParams, count_copies, make_batches
+    from stages.qlora_train import QloraTrainParams
 
     params = load_params("qlora_train", QloraTrainParams).model_copy(update={"epochs": 1})
     if options.batch_tokens:

@@ -12,22 +12,21 @@ It is asked before a word is written, as P(IK) is in Kadavath et al. 2022: what 
 `escalate` behind it rank the turns worse, and cost a thought (metrics/LOG.md). So whatever is then written, valid or not, and however
 many tokens an action's name has, does not enter it. No adapter lies below the layer (`qlora_train.first_layer`), so base
 and student share the score, and training the student anew leaves it as it is. Whoever runs the student has it for next to
-nothing, halfway through reading the prompt; here it takes half a reading of the three splits.
+nothing, halfway through reading the prompt; here it takes half a reading of the three splits, of the training split only
+if training has not left it (agent/layer_states.py).
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from tqdm import tqdm
 
 from agent.encode import Encoder
 from agent.handoff_score import HandoffScore, Linear
-from agent.student import StudentParams, load_base, load_tokenizer, only_layers
+from agent.student import StudentParams, load_base, load_tokenizer
 from schemas.errors import InputError
 from schemas.tables import Scores, Verified
 from schemas.yardsticks import HandoffScoreMetrics
@@ -39,6 +38,8 @@ from stages._stage import Params, load_params, read_table, run, say, write_metri
 if TYPE_CHECKING:
     import numpy as np
     import polars as pl
+
+    from agent.layer_states import LayerStates
 
 TRAIN = Path("data/verify/train.parquet")
 CALIBRATION = Path("data/verify/calibration.parquet")
@@ -54,20 +55,21 @@ class HandoffScoreParams(Params):
     layer: int = Field(ge=1, description="the probe reads what enters this layer, counted from 0")
 
 
-def prompt_states(conversations: list[Item], model: Any, layer: int, what: str) -> dict[tuple[str, int], np.ndarray]:
-    """What enters a layer at the end of every agent turn's prompt, (H).
+def check_layer(layer: int, model: Any) -> None:
+    """Refuse a layer that is not there.
 
     Raises:
         InputError: there is no such layer.
     """
-    from agent.prefill import Prefill
-
     if layer > (layers := model.config.get_text_config().num_hidden_layers):
         raise InputError(f"handoff_score.layer is {layer}, and the student has layers 0 to {layers - 1}", "lower it in params.yaml")
-    with only_layers(model, 0, layer):
-        prefill = Prefill(model)
-        return {(name, number): state.double().cpu().numpy() for _, name, encoded in tqdm(conversations, desc=what, unit="conv", file=sys.stderr)
-                for number, state in enumerate(prefill(encoded)[0])}
+
+
+def prompt_states(conversations: list[Item], states: LayerStates, what: str) -> dict[tuple[str, int], np.ndarray]:
+    """What enters the layer at the end of every agent turn's prompt, (H)."""
+    states.compute([encoded for *_, encoded in conversations], what)
+    return {(name, number): state.double().numpy() for _, name, encoded in conversations
+            for number, state in enumerate(states.rest(encoded)[encoded.prompt_ends()])}
 
 
 def states_of(turns: pl.DataFrame, states: dict[tuple[str, int], np.ndarray]) -> np.ndarray:
@@ -124,14 +126,14 @@ def main() -> None:
     tables = {split: read_table(path, Verified) for split, path in (("train", TRAIN), ("calibration", CALIBRATION), ("held_out", HELD_OUT))}
     turns = {split: heard(table, split) for split, table in tables.items()}
 
-    import torch
+    from agent.layer_states import LayerStates
 
     encoder = Encoder(load_tokenizer(student))
     model = load_base(student).eval()
-    started = time.monotonic()
-    with torch.inference_mode():
-        states = {split: states_of(turns[split], prompt_states(encode_table(table, encoder), model, params.layer, f"hand-off score: {split}"))
-                  for split, table in tables.items()}
+    check_layer(params.layer, model)
+    started, entering = time.monotonic(), LayerStates(model, params.layer)
+    states = {split: states_of(turns[split], prompt_states(encode_table(table, encoder), entering, f"hand-off score: {split}"))
+              for split, table in tables.items()}
     seconds = time.monotonic() - started
 
     said = {split: of["said"].list.join("\n").to_list() for split, of in turns.items()}

@@ -3,10 +3,11 @@
 Reads   data/oversample/train.parquet
 Writes  models/qlora_train/ (the adapter), metrics/qlora_train.json, metrics/qlora_train/ (the loss curve)
 
-NF4 with double quantisation (bitsandbytes), LoRA (peft), TRL's SFTTrainer. A batch holds conversations of one company,
-so their common system prompt is computed once; the language-model head runs at supervised positions only. What enters
-the first layer with an adapter never changes, so it is computed once for all epochs. A conversation that stands in the
-table several times is read once an epoch and weighs as much as all its copies: the gradient of a batch that holds them
+NF4 with double quantisation (bitsandbytes), LoRA (peft), TRL's SFTTrainer. A batch holds conversations of one company in
+one line behind their common system prompt, without padding; the language-model head runs at supervised positions only,
+a few at a time. What enters the first layer with an adapter never changes: it is computed once and kept under `.cache/states`
+(4 bytes x hidden size a token), for every epoch, seed and factor, and for the hand-off score. A conversation that stands in
+the table several times is read once an epoch and weighs as much as all its copies: the gradient of a batch that holds them
 all. A killed run goes on from its last whole checkpoint, kept outside every DVC output, and reports what it would have
 reported unharmed; only the run time in metrics/qlora_train/metrics.json and the tok/s are those of its last part.
 """
@@ -15,34 +16,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shutil
-import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
-from tqdm import tqdm
 
 from agent.encode import Encoded, Encoder
+from agent.layer_states import LayerStates
+from agent.packing import entering, read_packed
 from agent.paths import CACHE
 from agent.student import (
     StudentParams,
+    backbone,
     load_base,
     load_tokenizer,
     only_layers,
-    read_rows,
     shares_prefix,
-    stack_rows,
 )
 from schemas.errors import InputError
 from schemas.metrics import QloraTrainMetrics
 from schemas.tables import Oversampled
+from stages._batches import IGNORE, Collator, Example, count_copies, make_batches
 from stages._conversations import encode_table
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
 
@@ -56,13 +54,12 @@ ADAPTER = Path("models/qlora_train")
 METRICS = Path("metrics/qlora_train.json")
 CURVE = Path("metrics/qlora_train")
 CHECKPOINTS = CACHE / "checkpoints"
-IGNORE = -100
 LOG_EVERY = 5
 """Optimiser steps between points of the loss curve, each the mean since the last."""
 CHECKPOINT_EVERY = 25
 """Optimiser steps between checkpoints; a multiple of LOG_EVERY, since a checkpoint keeps no loss that is not logged yet."""
-WINDOW = 48
-"""Conversations that are sorted by length together: more pads less and mixes less."""
+LOGITS_AT_ONCE = 256
+"""Tokens that the head reads at once."""
 
 
 class QloraTrainParams(Params):
@@ -92,47 +89,6 @@ def check_encoded(conversations: list[tuple[str, str, Encoded]], max_tokens: int
             raise InputError(f"conversation {name} has no agent turn to learn from", "dvc repro --force verify")
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One conversation to learn from: `group` is what it shares its prefix with, `times` how often it stands in the table."""
-
-    group: str
-    encoded: Encoded
-    times: int
-
-
-def count_copies(conversations: list[tuple[str, str, Encoded]]) -> list[Example]:
-    """The conversations without their copies, in the order in which each comes first."""
-    times = Counter(tuple(encoded.ids) for _, _, encoded in conversations)
-    first = {tuple(encoded.ids): (group, encoded) for group, _, encoded in reversed(conversations)}
-    return [Example(*first[ids], count) for ids, count in times.items()]
-
-
-def make_batches(examples: list[Example], budget: int, seed: int) -> list[list[Example]]:
-    """Cut the conversations into batches of one company, similar length, and at most `budget` tokens computed at once.
-
-    A batch computes its common prefix once and every row padded to the longest. Conversations are sorted by length
-    within windows only, so that which ones meet in a batch stays mixed; the batches come in seeded order.
-    """
-    by_group: dict[str, list[Example]] = {}
-    for example in examples:
-        by_group.setdefault(example.group, []).append(example)
-    batches: list[list[Example]] = []
-    for items in by_group.values():
-        for start in range(0, len(items), WINDOW):
-            batch: list[Example] = []
-            for example in sorted(items[start:start + WINDOW], key=lambda example: len(example.encoded.ids)):
-                # Sorted, so the newcomer is the longest row.
-                prefix, length = example.encoded.prefix, len(example.encoded.ids)
-                if batch and prefix + (len(batch) + 1) * (length - prefix) > budget:
-                    batches.append(batch)
-                    batch = []
-                batch.append(example)
-            batches.append(batch)
-    random.Random(seed).shuffle(batches)
-    return batches
-
-
 def adapted(layers: int, first: int) -> str:
     """The pattern of the modules that get an adapter: every projection of the layers from `first` on.
 
@@ -144,91 +100,65 @@ def adapted(layers: int, first: int) -> str:
     return rf".*\.layers\.(?:{'|'.join(map(str, range(first, layers)))})\..*proj\w*"
 
 
-class Reader:
-    """Turns a batch into what enters the first layer that is trained: token ids, or states computed once and for all.
+def head_loss(head: Any, hidden: torch.Tensor, targets: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of targets, weighed and summed, a few tokens at a time: never all logits at once.
+
+    The gradient is taken along the way, as a frozen head allows (Hsu et al. 2024, "Liger Kernel").
 
     Args:
-        share: whether the common prefix is computed once for a batch.
-
-    Attributes:
-        tokens_read: of the conversations in all batches that were trained on.
-    """
-
-    def __init__(self, share: bool) -> None:
-        self.share = share
-        self.tokens_read = 0
-        self._states: dict[tuple[int, ...], torch.Tensor] = {}
-
-    def cut(self, batch: list[Example]) -> int:
-        """How many tokens the batch's rows have in common."""
-        return batch[0].encoded.prefix if self.share else 0
-
-    def tokens(self, batch: list[Example]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Token ids of the common prefix, (1, P), and of the rest of every row, (L_i)."""
-        import torch
-
-        cut = self.cut(batch)
-        return torch.tensor([batch[0].encoded.ids[:cut]], dtype=torch.long), [torch.tensor(example.encoded.ids[cut:]) for example in batch]
-
-    def freeze(self, model: Any, batches: list[list[Example]], first: int) -> None:
-        """Compute what enters layer `first`: the layers below carry no adapter, so it is the same at every step."""
-        import torch
-
-        with torch.no_grad(), only_layers(model, 0, first):
-            for batch in tqdm(batches, desc="layers without an adapter", unit="batch", file=sys.stderr):
-                new = [example for example in batch if tuple(example.encoded.ids) not in self._states]
-                if not new:
-                    continue
-                prefix, rows = self.tokens(new)
-                states, _ = read_rows(model, prefix, *stack_rows(rows))
-                for example, row, state in zip(new, rows, states, strict=True):
-                    self._states[tuple(example.encoded.ids)] = state[:len(row)].clone()
-                shared = tuple(prefix[0].tolist())
-                if shared and shared not in self._states:
-                    self._states[shared] = read_rows(model, prefix[:, :0], prefix, torch.ones_like(prefix))[0][0].clone()
-
-    def __call__(self, batch: list[Example]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Prefix and rows as `read_rows` takes them."""
-        self.tokens_read += sum(len(example.encoded.ids) for example in batch)
-        prefix, rows = self.tokens(batch)
-        if not self._states:
-            return prefix, rows
-        states = [self._states[tuple(example.encoded.ids)] for example in batch]
-        shared = self._states.get(tuple(prefix[0].tolist()))
-        return states[0][None, :0] if shared is None else shared[None], states
-
-
-def collate(batch: list[Example], reader: Reader) -> dict[str, torch.Tensor]:
-    """One batch as tensors.
-
-    Returns:
-        `prefix` (1, P) and `rows`, `labels`, `mask` (B, L), prefix and rows with a last dimension H where they are states;
-        `times` (B).
+        head: the language-model head, a frozen linear layer.
+        hidden: what it reads, shape (N, H).
+        targets: the tokens wanted, (N).
+        times: how often each counts, (N).
     """
     import torch
 
-    cut = reader.cut(batch)
-    prefix, rows = reader(batch)
-    stacked, mask = stack_rows(rows)
-    labels, _ = stack_rows([torch.tensor(example.encoded.labels(IGNORE)[cut:]) for example in batch])
-    return {
-        "prefix": prefix, "rows": stacked, "labels": labels.masked_fill(mask == 0, IGNORE), "mask": mask,
-        "times": torch.tensor([example.times for example in batch])}
+    class Chunked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+            total, grads = hidden.new_zeros((), dtype=torch.float32), []
+            for read, wanted, weight in zip(*(each.split(LOGITS_AT_ONCE) for each in (hidden, targets, times)), strict=True):
+                with torch.enable_grad():
+                    read = read.detach().requires_grad_()
+                    logits = torch.nn.functional.linear(read, head.weight, head.bias)
+                    loss = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none") @ weight.float()
+                grads += torch.autograd.grad(loss, read)
+                total += loss.detach()
+            ctx.save_for_backward(torch.cat(grads))
+            return total
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return ctx.saved_tensors[0] * grads[0]
+
+    loss: torch.Tensor = Chunked.apply(hidden)
+    return loss
 
 
-def supervised_nll(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of the agent's tokens, summed over a batch and its copies, and how many tokens that are.
+def supervised_nll(model: Any, batch: dict[str, torch.Tensor], share: bool) -> torch.Tensor:
+    """Negative log-likelihood of the agent's tokens, summed over a batch and its copies.
 
-    The language-model head runs at the agent's tokens only.
+    The language-model head runs at the agent's tokens only. Without `share` every conversation is read alone.
     """
     import torch
 
-    hidden, _ = read_rows(model, batch["prefix"], batch["rows"], batch["mask"])
-    targets = batch["labels"][:, 1:]
-    wanted = targets != IGNORE
-    logits = model.get_output_embeddings()(hidden[:, :-1][wanted])
-    times = batch["times"][:, None].expand_as(targets)[wanted]
-    return torch.nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="none") @ times.float(), times.sum()
+    prefix, rows, lengths = batch["prefix"], batch["rows"], batch["lengths"].tolist()
+    if share:
+        hidden = read_packed(model, prefix, rows, lengths)
+    else:
+        hidden = torch.cat([backbone(model)(**entering(row), use_cache=False).last_hidden_state[0] for row in rows.split(lengths, dim=1)])
+    wanted = batch["targets"] != IGNORE
+    return head_loss(model.get_output_embeddings(), hidden[wanted], batch["targets"][wanted], batch["times"][wanted])
+
+
+def tokens_a_step(batches: list[list[Example]]) -> float:
+    """The agent's tokens in a batch, copies counted, on average.
+
+    What every step's loss is divided by, so that a token weighs the same in whatever batch it stands, and a conversation's
+    copies as much as if they stood in batches of their own. Divided by its own batch's tokens, a repeated conversation that
+    has a batch for itself would weigh nothing more.
+    """
+    return sum(example.times * example.encoded.supervised for batch in batches for example in batch) / len(batches)
 
 
 def last_checkpoint(folder: Path) -> tuple[str | None, TrainerState]:
@@ -266,7 +196,7 @@ def mean_loss(before: TrainerState, since: float, steps: int) -> float:
 
 
 def make_trainer(
-        model: Any, tokenizer: Any, batches: list[list[Example]], reader: Reader, params: QloraTrainParams, folder: Path,
+        model: Any, tokenizer: Any, batches: list[list[Example]], collator: Collator, params: QloraTrainParams, folder: Path,
         before: TrainerState) -> SFTTrainer:
     """TRL's trainer, one of our batches a step; its loss curve begins with what was logged `before`."""
     from datasets import Dataset
@@ -278,8 +208,7 @@ def make_trainer(
 
     class AgentTurnTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            total, count = supervised_nll(model, inputs)
-            return total / count
+            return supervised_nll(model, inputs, collator.share) / per_step
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             if "train_loss" in logs:
@@ -287,6 +216,7 @@ def make_trainer(
                 logs["train_loss"] = mean_loss(before, logs["train_loss"], self.state.global_step)
             super().log(logs, start_time)
 
+    per_step = tokens_a_step(batches)
     config = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=1, num_train_epochs=params.epochs, learning_rate=params.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, seed=params.seed, data_seed=params.seed,
@@ -299,7 +229,7 @@ def make_trainer(
     return AgentTurnTrainer(
         model=model, args=config, processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"batch": list(range(len(batches)))}),
-        data_collator=lambda items: collate(batches[items[0]["batch"]], reader), callbacks=[curve])
+        data_collator=lambda items: collator(batches[items[0]["batch"]]), callbacks=[curve])
 
 
 def run_key(params: QloraTrainParams, student: StudentParams) -> str:
@@ -328,12 +258,13 @@ def main() -> None:
     folder = CHECKPOINTS / run_key(params, student)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, before = last_checkpoint(folder)
-    reader = Reader(shares_prefix(base))
-    started = time.monotonic()
+    started, states = time.monotonic(), None
     if params.first_layer:
-        reader.freeze(model, batches, params.first_layer)
+        states = LayerStates(model, params.first_layer)
+        states.compute([example.encoded for batch in batches for example in batch], "layers without an adapter")
+    collator = Collator(shares_prefix(base), states)
     with only_layers(model, params.first_layer, layers) if params.first_layer else nullcontext():
-        trainer = make_trainer(model, tokenizer, batches, reader, params, folder, before)
+        trainer = make_trainer(model, tokenizer, batches, collator, params, folder, before)
         result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - started
 
@@ -347,10 +278,10 @@ def main() -> None:
     tokens = sum(len(encoded.ids) for encoded in read)
     write_metrics(METRICS, {
         "student": student.weights, "conversations": len(conversations), "distinct_conversations": len(read), "tokens": tokens,
-        "supervised_tokens": sum(end - start for encoded in read for start, end in encoded.spans),
+        "supervised_tokens": sum(encoded.supervised for encoded in read),
         "steps": result.global_step, "train_loss": train_loss}, QloraTrainMetrics)
     say(f"qlora_train: {len(conversations)} conversations, {len(read)} without copies, {params.epochs} epoch(s), {result.global_step} steps, "
-        f"loss {train_loss:.3f}, {reader.tokens_read / seconds:.0f} tok/s")
+        f"loss {train_loss:.3f}, {collator.tokens_read / seconds:.0f} tok/s")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from bench._measure import RESULTS, ProcessFailed, add_result, ratio, read_resul
 from bench._traces import grow
 from schemas.bench import BenchMetrics, Machine, TablesPart
 from schemas.errors import InputError
-from stages.qlora_train import Example, Reader, adapted, collate, supervised_nll
+from stages._batches import Collator, Example
+from stages.qlora_train import adapted, supervised_nll
 from tests.helpers import PARAMS, inside, played, real, traces, workspace
 from tests.layout import ROOT
 from tests.students import STUDENT, tokenizer
@@ -197,27 +198,25 @@ def tiny_model():
 
 
 @pytest.mark.parametrize("first", [0, 2])
-def test_the_flops_are_those_that_torch_counts(first):
+def test_the_flops_are_those_that_torch_counts(first, tmp_path):
     """Torch counts matrix products as they run; attention's are of another kind."""
     from peft import LoraConfig, get_peft_model
 
-    from agent.student import only_layers, read_rows, stack_rows
+    from agent.layer_states import LayerStates
+    from agent.student import only_layers
 
     model = get_peft_model(tiny_model(), LoraConfig(r=3, target_modules=adapted(4, first), task_type="CAUSAL_LM"))
     batch = [Example("g", Encoded(list(range(5)) + [7 + row] * 6, 5, [(7, 11)]), 1) for row in range(3)]
-    reader = Reader(share=True)
 
     def products(counter):
         return sum(count for what, count in counter.get_flop_counts().get("Global", {}).items() if what in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
-    with FlopCounterMode(display=False) as below, torch.no_grad(), only_layers(model, 0, first):
-        if first:
-            prefix, rows = reader.tokens(batch)
-            read_rows(model, prefix, *stack_rows(rows))
-    if first:
-        reader.freeze(model, [batch], first)
+    states = LayerStates(model, first, tmp_path) if first else None
+    with FlopCounterMode(display=False) as below:
+        if states:
+            states.compute([example.encoded for example in batch], "test")
     with FlopCounterMode(display=False) as above, only_layers(model, first, 4):
-        supervised_nll(model, collate(batch, reader))[0].backward()
+        supervised_nll(model, Collator(True, states)(batch), share=True).backward()
     assert linear_flop(model, backbone(model).layers, first, [[*batch]]) == (products(below), products(above))
 
 

@@ -12,11 +12,12 @@ import torch
 import yaml
 
 from agent.handoff_score import HandoffScore
+from agent.layer_states import LayerStates
 from schemas.errors import InputError
 from schemas.tables import Scores, Verified
 from stages._conversations import encode_table
 from stages._stage import read_table, write_table
-from stages.handoff_score import prompt_states
+from stages.handoff_score import check_layer, prompt_states
 from tests.students import ALL, HANDOFF, LONG, SEARCH, SYSTEM, base, encoder, table
 
 ROOT = Path(__file__).parent.parent
@@ -93,8 +94,8 @@ def test_a_file_that_is_no_score_is_one_sentence(tmp_path, content):
     assert "dvc pull" in error.value.hint
 
 
-def test_a_turns_state_is_that_of_its_prompt_and_of_nothing_that_comes_after():
-    states = prompt_states(encode_table(table({"s": SEARCH}), encoder()), base(), 30, "test")
+def test_a_turns_state_is_that_of_its_prompt_and_of_nothing_that_comes_after(tmp_path):
+    states = prompt_states(encode_table(table({"s": SEARCH}), encoder()), LayerStates(base(), 30, tmp_path), "test")
     example = encoder().conversation(SYSTEM, SEARCH)
     for number, (start, _) in enumerate(example.spans):
         with torch.inference_mode():
@@ -104,7 +105,7 @@ def test_a_turns_state_is_that_of_its_prompt_and_of_nothing_that_comes_after():
 
 def test_a_layer_that_is_not_there_is_one_sentence():
     with pytest.raises(InputError, match=r"handoff_score\.layer is 31, and the student has layers 0 to 29"):
-        prompt_states([], base(), 31, "test")
+        check_layer(31, base())
 
 
 def test_too_few_hand_offs_are_one_sentence_and_leave_no_output(tmp_path):

@@ -17,22 +17,22 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerState
 
-from agent.student import load_base, only_layers, read_rows
+from agent.layer_states import LayerStates
+from agent.packing import anywhere, read_packed
+from agent.student import attention, backbone, load_base, only_layers
 from schemas.errors import InputError
 from schemas.tables import Oversampled
+from stages._batches import Collator, Example, count_copies, make_batches
 from stages._conversations import encode_table
 from stages._stage import write_table
 from stages.qlora_train import (
-    Example,
-    Reader,
     adapted,
     check_encoded,
-    collate,
-    count_copies,
+    head_loss,
     last_checkpoint,
-    make_batches,
     mean_loss,
     supervised_nll,
+    tokens_a_step,
 )
 from tests.students import ALL, HANDOFF, LONG, SEARCH, STUDENT, SYSTEM, base, customer, encoder, table
 
@@ -53,51 +53,96 @@ def model():
     return model
 
 
-SHARED, WHOLE = Reader(share=True), Reader(share=False)
+SHARED, WHOLE = Collator(share=True), Collator(share=False)
 
 
-def gradients(model, batch):
+def nll(model, batch, collator=SHARED):
+    return supervised_nll(model, collator(batch), collator.share)
+
+
+def gradients(model, batch, collator=SHARED):
     model.zero_grad()
-    supervised_nll(model, batch)[0].backward()
+    nll(model, batch, collator).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def near(one, other):
+    return torch.linalg.vector_norm(one - other) < 1e-4 * torch.linalg.vector_norm(other)
+
+
 def test_sharing_the_prefix_gives_the_gradient_of_whole_conversations(model):
-    encoded = encode("search", "handoff", "long")
-    shared = gradients(model, collate(encoded, SHARED))
-    whole = sum(gradients(model, collate([one], WHOLE)) for one in encoded)
-    assert torch.linalg.vector_norm(shared - whole) < 1e-4 * torch.linalg.vector_norm(whole)
+    batch = encode("search", "handoff", "long")
+    assert near(gradients(model, batch), sum(gradients(model, [one], WHOLE) for one in batch))
 
 
-def test_padding_changes_nothing(model):
-    alone = gradients(model, collate(encode("handoff"), SHARED))
-    long_alone = gradients(model, collate(encode("long"), SHARED))
-    together = gradients(model, collate(encode("handoff", "long"), SHARED))
-    assert torch.linalg.vector_norm(together - alone - long_alone) < 1e-4 * torch.linalg.vector_norm(together)
+def test_conversations_in_one_line_do_not_see_each_other(model):
+    """Their logits are those of each conversation alone, in transformers' own attention."""
+    batch = encode("search", "handoff", "long")
+    line = SHARED(batch)
+    with torch.no_grad():
+        packed = model.get_output_embeddings()(read_packed(model, line["prefix"], line["rows"], line["lengths"].tolist()))
+        for example, logits in zip(batch, packed.split(line["lengths"].tolist()), strict=True):
+            alone = model(input_ids=torch.tensor([example.encoded.ids])).logits[0, example.encoded.prefix:]
+            assert torch.allclose(logits, alone, atol=1e-3) and torch.equal(logits.argmax(-1), alone.argmax(-1))
 
 
-def test_states_computed_once_give_the_gradient_of_reading_from_the_first_token(model):
+@pytest.mark.parametrize("cut", [0, 5])
+def test_attention_in_parts_is_that_of_any_device(cut):
+    from agent.packing import _Packed
+
+    torch.manual_seed(0)
+    lengths, scale = (7, 1, 9), 0.3
+    states = [torch.randn(1, 3, cut + sum(lengths), 8, requires_grad=True) for _ in range(3)]
+    upstream, found = torch.randn(1, 3, cut + sum(lengths), 8), []
+    for attend in (_Packed.apply, anywhere):
+        out = attend(*states, cut, lengths, scale)
+        found.append([out, *torch.autograd.grad(out, states, upstream)])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_states_computed_once_give_the_gradient_of_reading_from_the_first_token(model, tmp_path):
     batches = [encode("search", "long"), encode("handoff")]
-    frozen = Reader(share=True)
-    frozen.freeze(model, [*batches, *batches], first=26)
-    for batch in batches:
-        whole = gradients(model, collate(batch, SHARED))
-        with only_layers(model, 26, 30):
-            upper = gradients(model, collate(batch, frozen))
-        assert torch.linalg.vector_norm(upper - whole) < 1e-4 * torch.linalg.vector_norm(whole)
+    states = LayerStates(model, 26, tmp_path)
+    states.compute([example.encoded for batch in batches for example in [*batch, *batch]], "test")
+    for share in (True, False):
+        for batch in batches:
+            whole = gradients(model, batch)
+            with only_layers(model, 26, 30):
+                upper = gradients(model, batch, Collator(share, states))
+            assert near(upper, whole)
+
+
+def test_states_are_computed_once_for_the_same_weights(model, tmp_path, monkeypatch):
+    encoded = [example.encoded for example in encode("search", "handoff")]
+    LayerStates(model, 26, tmp_path).compute(encoded, "test")
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(files) == 3, "two conversations and the prompt that they share"
+    again = LayerStates(base(), 26, tmp_path)
+    again.compute(encoded, "the same weights without an adapter")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")if path.is_file()} == files
+    LayerStates(model, 25, tmp_path).compute(encoded[:1], "another layer")
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 5
+    weight = base().model.layers[0].mlp.up_proj.weight
+    monkeypatch.setattr(weight, "data", weight.data * 2)
+    assert not LayerStates(base(), 26, tmp_path)._path(encoded[0].ids).is_file(), "other weights"
 
 
 def test_a_model_made_of_some_layers_is_whole_again_afterwards(model):
     ids = torch.tensor([encode("handoff")[0].encoded.ids])
+
+    def read(states):
+        return read_packed(model, states[:, :5], states[:, 5:], [states.shape[1] - 5])
+
     with torch.no_grad():
-        before = read_rows(model, ids[:, :5], ids[:, 5:], torch.ones_like(ids[:, 5:]))[0]
-        with pytest.raises(ZeroDivisionError), only_layers(model, 26, 30):
+        before = read(ids)
+        with pytest.raises(ZeroDivisionError), only_layers(model, 26, 30), attention(model, "eager"):
             raise ZeroDivisionError
         with only_layers(model, 0, 26):
-            states, _ = read_rows(model, ids[:, :0], ids, torch.ones_like(ids))
+            states = backbone(model)(input_ids=ids).last_hidden_state
         with only_layers(model, 26, 30):
-            parted = read_rows(model, states[:, :5], states[:, 5:], torch.ones_like(ids[:, 5:]))[0]
-        after = read_rows(model, ids[:, :5], ids[:, 5:], torch.ones_like(ids[:, 5:]))[0]
+            parted = read(states)
+        after = read(ids)
     assert torch.equal(before, after)
     assert torch.allclose(before, parted, atol=1e-4)
 
@@ -106,20 +151,34 @@ def test_a_weighted_conversation_gives_the_gradient_of_its_copies(model):
     copies = [*encode("search"), *encode("handoff") * 3]
     weighted = count_copies([(example.group, f"{number}", example.encoded) for number, example in enumerate(copies)])
     assert [example.times for example in weighted] == [1, 3]
-    repeated, once = collate(copies, SHARED), collate(weighted, SHARED)
-    assert supervised_nll(model, repeated)[1] == supervised_nll(model, once)[1]
-    whole = gradients(model, repeated)
-    assert torch.linalg.vector_norm(gradients(model, once) - whole) < 1e-4 * torch.linalg.vector_norm(whole)
+    assert near(gradients(model, weighted), gradients(model, copies))
+
+
+def test_copies_weigh_as_much_in_a_batch_of_their_own():
+    search, handoff = *encode("search"), *encode("handoff", times=4)
+    tokens = [(example.encoded.ids, example.encoded.labels()) for example in (search, handoff)]
+    own, repeated = (sum(label != -100 for label in labels) for _, labels in tokens)
+    assert tokens_a_step([[search], [handoff]]) == (own + 4 * repeated) / 2
+    assert tokens_a_step([[search, handoff]]) == own + 4 * repeated
 
 
 def test_the_loss_is_the_models_own_loss_on_the_agents_tokens(model):
     example, = encode("search")
-    encoded = example.encoded
-    ids, labels = torch.tensor([encoded.ids]), torch.tensor([encoded.labels()])
+    ids, labels = torch.tensor([example.encoded.ids]), torch.tensor([example.encoded.labels()])
     with torch.no_grad():
-        total, count = supervised_nll(model, collate([example], SHARED))
-        theirs = model(input_ids=ids, labels=labels).loss
-    assert total / count == pytest.approx(theirs.item(), rel=1e-4)
+        total, theirs = nll(model, [example]), model(input_ids=ids, labels=labels).loss
+    assert total / tokens_a_step([[example]]) == pytest.approx(theirs.item(), rel=1e-4)
+
+
+def test_the_loss_in_pieces_is_that_of_all_logits(monkeypatch):
+    monkeypatch.setattr("stages.qlora_train.LOGITS_AT_ONCE", 3)
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(6, 11, bias=False).requires_grad_(False), torch.randn(8, 6, requires_grad=True)
+    targets, times = torch.randint(11, (8,)), torch.tensor([1, 1, 4, 4, 1, 1, 2, 1])
+    whole = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none") @ times.float()
+    pieces = head_loss(head, hidden, targets, times)
+    assert pieces.item() == pytest.approx(whole.item(), rel=1e-5)
+    assert torch.allclose(*(torch.autograd.grad(3 * loss, hidden)[0] for loss in (pieces, whole)), atol=1e-5)
 
 
 def test_unpacked_weights_are_the_nf4_values():
@@ -147,9 +206,10 @@ def test_batches_hold_one_company_within_the_budget():
     assert sum(map(len, batches)) == len(rows)
     for batch in batches:
         assert len({example.group for example in batch}) == 1
-        prefix, longest = batch[0].encoded.prefix, max(len(example.encoded.ids) for example in batch)
-        assert len(batch) == 1 or prefix + len(batch) * (longest - prefix) <= 400
+        prefix = batch[0].encoded.prefix
+        assert len(batch) == 1 or prefix + sum(len(example.encoded.ids) - prefix for example in batch) <= 400
     assert batches != make_batches(rows, budget=400, seed=2)
+    assert all(len(batch) == 1 for batch in make_batches(rows, budget=1, seed=1)), "a conversation beyond the budget stands alone"
 
 
 def test_a_conversation_that_would_be_cut_stops_the_run_by_name():
