@@ -30,7 +30,7 @@ class Rates(_Sweep):
 
 
 class Run(_Sweep):
-    """One student. `held_out` is there where it was asked for, and chooses nothing."""
+    """One student. `held_out` is there for the smallest and the chosen factor where it was asked for, and chooses nothing."""
 
     factor: int = Field(ge=1)
     seed: int
@@ -43,4 +43,5 @@ class SweepMetrics(_Sweep):
 
     rule: str = Field(description="how the factor is chosen, in words")
     chosen_on_calibration: int = Field(ge=1)
+    chosen_with_seed: int = Field(description="of the runs that the factor was chosen by; those with other seeds show the spread")
     runs: list[Run] = Field(min_length=1)

@@ -169,21 +169,32 @@ def _series(name: str, plot: dict[str, Any]) -> tuple[str, str, str, dict[str, d
     """Title, titles of the axes, and source -> revision -> an array (2, points) in the order of x.
 
     A source is what the revisions share of a row's origin. DVC names in every row what varies in the plot: its file, its field, or both;
-    where none does, the only source is the empty text.
+    where none does, the only source is the empty text. Where the plot is of marks, several may stand at one x, such as students of several
+    seeds: their line is that of the means.
 
     Raises:
-        KeyError, ValueError, TypeError: the plot is none of lines over numbers.
+        KeyError, ValueError, TypeError: the plot is none of lines or marks over numbers.
     """
     spec = plot["content"]
+    mean = spec.get("mark") and dict(spec["mark"]).get("type") == "point"
     x, y = _axis(spec, "x"), _axis(spec, "y")
     rows: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row in spec["data"]["values"]:
         source = next((row[key] for key in ("filename::field", "filename", "field") if key in row), "")
         rows.setdefault(source, {}).setdefault(row["rev"], []).append((float(row[x["field"]]), float(row[y["field"]])))
-    series = {source: {rev: np.array(sorted(of[rev])).T for rev in plot["revisions"] if rev in of} for source, of in rows.items()}
+    series = {source: {rev: (_means if mean else np.transpose)(sorted(of[rev])) for rev in plot["revisions"] if rev in of}
+              for source, of in rows.items()}
     if not all(points.size >= 4 and np.isfinite(points).all() for lines in series.values() for points in lines.values()):
         raise ValueError(name)
-    return spec.get("title", {}).get("text") or name, x.get("title") or x["field"], y.get("title") or y["field"], series
+    height = y.get("title") or y["field"]
+    return spec.get("title", {}).get("text") or name, x.get("title") or x["field"], f"{height}, mean" if mean else height, series
+
+
+def _means(points: list[tuple[float, float]]) -> np.ndarray:
+    """An array (2, distinct x): the mean y at every x."""
+    xs, ys = np.transpose(points)
+    distinct, place = np.unique(xs, return_inverse=True)
+    return np.stack([distinct, np.bincount(place, ys) / np.bincount(place)])
 
 
 def _axis(spec: Any, axis: str) -> dict[str, Any]:

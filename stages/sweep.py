@@ -6,9 +6,12 @@ Reads   params.yaml, data/verify/{train,calibration,held_out}.parquet, dvc.lock 
 Writes  metrics/sweep.json, metrics/sweep/calibration.csv
 
 Not a stage: nothing depends on it, and it takes a training for every factor and seed. A student is trained as the pipeline
-trains it, by its own stages in a folder under .cache/sweep; what has been trained and decoded there is not done again, so a run
-that was stopped goes on. The factor is chosen on the calibration turns alone, by the rule in `calibrate`, as the student
-decodes. `--held-out` measures the held-out companies too, for the report: how far do seeds lie apart?
+trains it, by its own stages in a folder under .cache/sweep; what has been trained and decoded there, by this code from these data and
+parameters, is not done again, so a run that was stopped goes on.
+
+Every factor is trained with the first seed. On these students' calibration turns alone, as they decode, the rule in `calibrate` chooses the
+factor. Then the smallest factor and the chosen one are trained with the other seeds, to show how far chance puts them apart: the choice never
+compares factors by unequal numbers of students. `--held-out` measures these two factors on the held-out companies too, once the choice is made.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from schemas.sweep import SweepMetrics
 from schemas.tables import Replies, Verified
 from stages._conversations import encode_table
 from stages._rates import rate
-from stages._show import plain
+from stages._show import markdown
 from stages._stage import PARAMS, load_params, read_table, run, say, write_metrics, write_table
 from stages._threshold import in_words
 from stages.calibrate import CalibrateParams
@@ -58,7 +61,7 @@ RATES = ("escalate_recall", "over_escalation", "action_accuracy", "valid_output"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a factor's students do at the calibration turns, summed over seeds."""
+    """What a factor's student does at the calibration turns."""
 
     missed: int
     handoffs: int
@@ -87,7 +90,8 @@ def trained(factor: int, seed: int) -> Path:
     """
     everything = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     everything["oversample"]["escalation_factor"], everything["qlora_train"]["seed"] = factor, seed
-    key = _digest([everything[section] for section in ("student", "qlora_train", "oversample")], TRAIN)
+    made_by = [code(stage) for stage in ("oversample", "qlora_train")]
+    key = _digest([made_by, *(everything[section] for section in ("student", "qlora_train", "oversample"))], TRAIN)
     folder = SWEEP / f"factor{factor}-seed{seed}-{key}"
     if (folder / ADAPTER / "adapter_config.json").is_file():
         return folder
@@ -102,13 +106,19 @@ def trained(factor: int, seed: int) -> Path:
     return folder
 
 
+def code(stage: str) -> dict[str, str]:
+    """path -> MD5 of the code that a stage runs, by dvc.yaml: as for DVC, what other code made is not this code's."""
+    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+    return {path: hashlib.md5((ROOT / path).read_bytes()).hexdigest() for path in deps if path.endswith(".py")}
+
+
 def workspace_has(rows: Path, params: dict[str, Any]) -> bool:
-    """Whether the workspace's adapter was trained on these rows with these parameters, by its dvc.lock."""
+    """Whether the workspace's adapter was trained on these rows with these parameters by this code, by its dvc.lock."""
     if not (LOCK.is_file() and (ADAPTER / "adapter_config.json").is_file()):
         return False
     stage = yaml.safe_load(LOCK.read_text(encoding="utf-8")).get("stages", {}).get("qlora_train", {})
     read = {dep["path"]: dep.get("md5") for dep in stage.get("deps", [])}
-    return (read.get(OVERSAMPLED.as_posix()) == hashlib.md5(rows.read_bytes()).hexdigest()
+    return (read == {OVERSAMPLED.as_posix(): hashlib.md5(rows.read_bytes()).hexdigest(), **code("qlora_train")}
             and stage.get("params", {}).get("params.yaml") == params)
 
 
@@ -127,7 +137,7 @@ def replies(folder: Path, split: Path, params: PredictParams, student: StudentPa
     import polars as pl
 
     table = read_table(split, Verified)
-    path = folder / f"{split.stem}-{_digest(params.max_new_tokens, split)}.parquet"
+    path = folder / f"{split.stem}-{_digest([code('predict_student'), params.max_new_tokens], split)}.parquet"
     if not path.is_file():
         tokenizer = load_tokenizer(student)
         rows = decode_all(encode_table(table, Encoder(tokenizer)), load_student(student, folder / ADAPTER), tokenizer, params, False)
@@ -135,35 +145,54 @@ def replies(folder: Path, split: Path, params: PredictParams, student: StudentPa
     return gold_turns(table).join(parse_replies(read_table(path, Replies)), on=["conversation_id", "number"], how="inner")
 
 
+def outcome(rates: dict[str, tuple[int, int]]) -> Outcome:
+    """From the counts of the rates."""
+    (caught, handoffs), (needless, others) = rates["escalate_recall"], rates["over_escalation"]
+    return Outcome(handoffs - caught, handoffs, needless, others)
+
+
+def table(runs: list[dict[str, Any]], split: str) -> list[list[str]]:
+    """Header and one row for every student that was measured on a split; counts, which say by themselves how many turns there are."""
+    return [["factor", "seed", *(name.replace("_", " ") for name in RATES)], *(
+        [str(one["factor"]), str(one["seed"]), *(f"{one[split][name]['k']}/{one[split][name]['n']}" for name in RATES)]
+        for one in runs if split in one)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("factors", nargs="+", type=int, metavar="FACTOR", help="oversample.escalation_factor")
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="qlora_train.seed; that of params.yaml where left out")
-    parser.add_argument("--held-out", action="store_true", help="measure the held-out companies too")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="qlora_train.seed: the first for every factor, the others for the "
+                        "smallest and the chosen one; that of params.yaml where left out")
+    parser.add_argument("--held-out", action="store_true", help="measure the smallest and the chosen factor on the held-out companies too")
     options = parser.parse_args()
     if (least := min(options.factors)) < 1:
         raise InputError(f"a factor of {least} is none", "factors are whole numbers from 1, e.g. python -m stages.sweep 1 2 4 8")
     student, predict = load_params("student", StudentParams), load_params("predict", PredictParams)
     calibrate = load_params("calibrate", CalibrateParams)
     load_params("oversample", OversampleParams)
-    seeds = options.seeds or [load_params("qlora_train", QloraTrainParams).seed]
-    splits = [CALIBRATION, *([HELD_OUT] if options.held_out else [])]
+    first, *others = dict.fromkeys(options.seeds or [load_params("qlora_train", QloraTrainParams).seed])
 
-    runs: list[dict[str, Any]] = []
-    sums: dict[int, Outcome] = {}
-    for factor in sorted(set(options.factors)):
-        for seed in sorted(set(seeds)):
-            folder = trained(factor, seed)
-            found = {split.stem: score(replies(folder, split, predict, student), "student") for split in splits}
-            runs.append({"factor": factor, "seed": seed, **{
-                split: {name: rate(k, n) for name, (k, n) in rates.items()} for split, rates in found.items()}})
-            (caught, handoffs), (needless, others) = (found[CALIBRATION.stem][name] for name in ("escalate_recall", "over_escalation"))
-            before = sums.get(factor, Outcome(0, 0, 0, 0))
-            sums[factor] = Outcome(before.missed + handoffs - caught, before.handoffs + handoffs, before.needless + needless, before.others + others)
-            print(f"sweep: factor {factor}, seed {seed}: {caught} of {handoffs} hand-offs, {needless} of {others} needless", file=sys.stderr)
+    def measured(factor: int, seed: int, *splits: Path) -> dict[Path, dict[str, tuple[int, int]]]:
+        found = {split: score(replies(trained(factor, seed), split, predict, student), "student") for split in splits}
+        for split, rates in found.items():
+            of = outcome(rates)
+            print(f"sweep: factor {factor}, seed {seed}, {split.stem}: {of.handoffs - of.missed} of {of.handoffs} hand-offs, "
+                  f"{of.needless} of {of.others} needless", file=sys.stderr)
+        return found
+
+    found = {(factor, first): measured(factor, first, CALIBRATION) for factor in sorted(set(options.factors))}
     terms = calibrate.rule, calibrate.cost_missed, calibrate.cost_needless, calibrate.max_over_escalation
-    chosen = best(sums, *terms)
-    write_metrics(METRICS, {"rule": in_words(*terms), "chosen_on_calibration": chosen, "runs": runs}, SweepMetrics)
+    chosen = best({factor: outcome(rates[CALIBRATION]) for (factor, _), rates in found.items()}, *terms)
+    for factor in sorted({least, chosen}):
+        for seed in others:
+            found[factor, seed] = measured(factor, seed, CALIBRATION)
+        if options.held_out:
+            for seed in (first, *others):
+                found[factor, seed] |= measured(factor, seed, HELD_OUT)
+
+    runs = [{"factor": factor, "seed": seed, **{split.stem: {name: rate(k, n) for name, (k, n) in rates.items()} for split, rates in of.items()}}
+            for (factor, seed), of in sorted(found.items())]
+    write_metrics(METRICS, {"rule": in_words(*terms), "chosen_on_calibration": chosen, "chosen_with_seed": first, "runs": runs}, SweepMetrics)
     CURVE.parent.mkdir(parents=True, exist_ok=True)
     with CURVE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -171,17 +200,9 @@ def main() -> None:
         for one in runs:
             shares = [one["calibration"][name] for name in RATES]
             writer.writerow([one["factor"], one["seed"], *(round(share["k"] / max(1, share["n"]), 4) for share in shares)])
-    show(runs)
+    for split in (CALIBRATION.stem, HELD_OUT.stem)[:1 + options.held_out]:
+        print(f"{split}:\n\n{markdown(table(runs, split))}\n")
     say(f"sweep: the rule chooses factor {chosen}: {in_words(*terms)} Set oversample.escalation_factor: {chosen} in params.yaml, then dvc repro")
-
-
-def show(runs: list[dict[str, Any]]) -> None:
-    """The table on standard output."""
-    for split in (CALIBRATION.stem, HELD_OUT.stem):
-        if measured := [one for one in runs if split in one]:
-            print(split)
-            print(plain([["factor", "seed", *RATES], *([str(one["factor"]), str(one["seed"]), *(
-                f"{one[split][name]['k']}/{one[split][name]['n']}" for name in RATES)] for one in measured)]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the report reads, made from real conversations of the held-out companies and the committed metrics."""
 
 import shutil
+import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -104,4 +105,15 @@ def report_inputs(folder, copies=1, **report):
     write(folder, "data/verify/rejected.parquet", rejected_table(), Rejected)
     write(folder, "data/eval_exact/predictions.parquet", predictions, Predictions)
     write(folder, "data/eval_judge/judgements.parquet", judgements_table(predictions), Judgements)
+    return folder
+
+
+COMMIT = "git -c user.name=t -c user.email=t@localhost commit -qm"
+
+
+def report_repository(folder):
+    """`report_inputs` in a repository whose last commit, v1, holds what the report compares with."""
+    report_inputs(folder, compare_with="v1")
+    for line in ("git init -q", "dvc init -q", "git add -f metrics models data/eval_exact .dvc", f"{COMMIT} v1", "git tag v1"):
+        subprocess.run(line.split(), cwd=folder, capture_output=True, check=True)
     return folder

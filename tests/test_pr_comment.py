@@ -23,12 +23,12 @@ from starlette.routing import Route
 from stages.pr_comment import EXACT, LIMIT, MARKER, Block, code, defused, drawn, fenced, fitted, size
 from tests.helpers import closed_port, serving
 from tests.layout import ROOT
+from tests.test_study import STUDY
 
 WORKFLOW = ROOT / ".github/workflows/pull-request.yml"
 JOBS = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]
 PLOT = "metrics/qlora_train/plots/metrics/loss.tsv"
-OLD, NEW = "d474ec6", "b3c6fc7"
-"""The default run's results with `oversample.escalation_factor` at 4 and at 1."""
+OLD, NEW = STUDY["v2"], STUDY["v2.1"]
 HOSTILE = ["a | b", "a \\| b", "a \\\\| b", "`x` | ``y``", "</details><!-- <img src=//x.example>", "@everyone", "![x](//x.example/p.png)", "http://x.example",
            "www.x.example", "[a]: //x.example", "**b** _i_ ~~s~~", "```", "&lt;b&gt;", "one\n\n# two", "", " ", "\u202eback", "x" * 1000]
 
@@ -171,6 +171,14 @@ def test_every_source_of_a_plot_is_a_line_of_its_own(tmp_path):
     assert "0.00004" in done.stdout
 
 
+def test_marks_at_one_x_become_the_line_of_their_means():
+    """As students of several seeds do, of which one factor has more than another."""
+    values = [{"rev": "a", "x": x, "y": y} for x, y in ((1, 0.2), (1, 0.4), (2, 0.5), (1, 0.6), (3, 0.1))]
+    content = {"mark": {"type": "point"}, "encoding": {axis: {"field": axis} for axis in "xy"}, "data": {"values": values}}
+    text = "".join(map(str, drawn({"data": {"sweep": [{"type": "vega", "revisions": ["a"], "content": content}]}}, {})))
+    assert charts_of(text) == {"`sweep`: `a`": [[1, 3], [0.1, 0.5], [0.4, 0.5, 0.1]]} and 'y-axis "y, mean"' in text
+
+
 @pytest.mark.parametrize("value, shown", [(0.00004, "0.00004"), (12345.6, "12350"), (-0.5, "-0.5"), (0, "0"), (1e7, "10000000")])
 def test_numbers_have_no_exponent_in_a_chart(value, shown):
     plot = {"revisions": ["a"], "content": {"encoding": {axis: {"field": axis} for axis in "xy"},
@@ -230,7 +238,7 @@ def test_what_gate_and_comparison_refuse_stands_in_their_place(clone):
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
-    """A clone that stands where CI does: on a merge of the run without oversampling into the one with a factor of 4."""
+    """A clone that stands where CI does: on a merge of the study's v2.1 into its v2."""
     if subprocess.run(["git", "cat-file", "-e", f"{OLD}^{{commit}}"], cwd=ROOT, capture_output=True, check=False).returncode:
         pytest.skip("needs this repository's history")
     folder = tmp_path_factory.mktemp("merged") / "handoff"
@@ -253,7 +261,7 @@ def step(name, folder, **env):
 
 
 def test_ci_shows_gate_comparison_parameters_and_charts_under_names_that_a_clone_has(merged):
-    """Of two runs of this repository: every figure stands where the stages that measured it put it, too."""
+    """Of the study's two revisions: every figure stands where the stages that measured it put it, too."""
     done = step("Write the comment", merged, BASE=JOBS["report"]["env"]["BASE"], GITHUB_BASE_REF="main", HEAD_SHA=git(merged, "rev-parse", NEW),
                 GITHUB_STEP_SUMMARY="summary.md")
     assert done.returncode == 0, done.stderr
@@ -284,12 +292,14 @@ def test_ci_shows_gate_comparison_parameters_and_charts_under_names_that_a_clone
             assert 0 < float(shown[-2]) <= 1 and 0 < float(shown[-1]) <= 1
     assert {company for company, *_ in cells} == {"streaming", "travel", "pooled"}
 
-    assert ["`params: oversample.escalation_factor`", "4", "1", "-3"] in tables["Parameters"]
+    old, new = (yaml.safe_load(git(ROOT, "show", f"{rev}:params.yaml"))["oversample"]["escalation_factor"] for rev in (OLD, NEW))
+    assert ["`params: oversample.escalation_factor`", str(old), str(new), f"{new - old:+}"] in tables["Parameters"]
     assert ["file: value", "`main`", f"`{NEW}`", "change"] == tables["Parameters"][0]
     charts = charts_of(text)
-    curve = f"`recall against over-escalation, held-out companies: curve_student.csv`: grey `main`, blue `{NEW}`"
-    assert len(charts[curve]) == 4 and f"`training loss`: `{NEW}`" in charts and "`training loss`: `main`" in charts
-    assert "curve_embedding.csv` is the same in both." in text
+    losses = {rev: git(ROOT, "show", f"{rev}:{PLOT}").splitlines()[1:] for rev in (OLD, NEW)}
+    drawn_of = {title: chart[2:] for title, chart in charts.items() if title.startswith("`training loss`")}
+    assert sorted(len(line) for lines in drawn_of.values() for line in lines) == sorted(map(len, losses.values())) and f"`{NEW}`" in "".join(drawn_of)
+    assert "recall against over-escalation, held-out companies: curve_student.csv` is the same in both." in text, "v2 and v2.1 share the score"
 
 
 def test_plots_that_fail_are_a_warning_after_the_comment_is_kept(merged):

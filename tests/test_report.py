@@ -22,7 +22,7 @@ from stages.report import CALIBRATED, CURVES, POINT, REPORT, main
 from tests.deciding import command
 from tests.helpers import inside
 from tests.layout import ROOT
-from tests.reports import HOSTILE, rejected_table, report_inputs, write
+from tests.reports import COMMIT, HOSTILE, rejected_table, report_inputs, report_repository, write
 from tests.test_bad_input import run
 
 
@@ -323,16 +323,9 @@ def test_scores_are_embedded_where_the_predictions_have_them(folder):
     assert all((reply["e"], reply["o"]) == (0.1235, "reply") for replies in viewer.predicted(scored, judged, None).values() for reply in replies)
 
 
-COMMIT = "git -c user.name=t -c user.email=t@localhost commit -qm"
-
-
 @pytest.fixture
 def repository(tmp_path):
-    """A repository whose last commit holds what the report compares with."""
-    folder = report_inputs(tmp_path, compare_with="v1")
-    for line in ("git init -q", "dvc init -q", "git add -f metrics models data/eval_exact .dvc", f"{COMMIT} v1", "git tag v1"):
-        subprocess.run(line.split(), cwd=folder, capture_output=True, check=True)
-    return folder
+    return report_repository(tmp_path)
 
 
 def test_a_revision_stands_beside_the_student_of_today(repository):

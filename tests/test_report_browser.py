@@ -11,7 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from stages.report import POINT, REPORT, main
 from tests.helpers import inside
-from tests.reports import HOSTILE, report_inputs
+from tests.reports import HOSTILE, report_inputs, report_repository
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
@@ -27,6 +27,15 @@ def made(folder, copies):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     return made(tmp_path_factory.mktemp("report"), 1)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The report with the student of another revision beside today's."""
+    folder = report_repository(tmp_path_factory.mktemp("compared"))
+    with inside(folder):
+        main()
+    return folder / REPORT
 
 
 @pytest.fixture(scope="module")
@@ -342,10 +351,12 @@ def test_a_phone_needs_no_scrolling_sideways(report, visit, place, scheme):
     assert float(page.evaluate("getComputedStyle(document.body).fontSize")[:-2]) >= 16
 
 
-@pytest.mark.parametrize("width", [360, 390, 600])
-def test_a_phone_shows_every_figure_of_a_table_whole(report, visit, width):
+@pytest.mark.parametrize("width", [320, 360, 390, 600])
+@pytest.mark.parametrize("which", ["report", "compared"])
+def test_a_phone_shows_every_figure_of_a_table_whole(request, visit, which, width):
     """By where the text stands: a box that hides or scrolls what overflows it has the right width whatever is in it."""
-    page = visit(report, width=width, height=740)
+    page = visit(request.getfixturevalue(which), width=width, height=740)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
     cut, broken = page.evaluate("""(() => {
         const cut = [], broken = [];
         for (const cell of document.querySelectorAll('#results :is(th, td)')) {
@@ -413,6 +424,17 @@ def test_a_turn_shows_gold_and_both_models_with_raw_text_where_it_is_no_step(rep
     assert not turn.locator(".base details pre").is_visible()
     turn.locator(".base summary").click()
     assert turn.locator(".base details pre").inner_text() == "It is so."
+
+
+def test_the_steps_of_a_turn_stand_side_by_side(compared, visit):
+    """Gold, base, student and the student of the other revision, on a desk; in one column on a phone."""
+    page = visit(compared, "#/conversations?gold=escalate")
+    page.locator("#list a").first.click()
+    for width, columns in ((1280, 4), (390, 1)):
+        page.set_viewport_size({"width": width, "height": 860})
+        boxes = [step.bounding_box() for step in page.locator(".turn.hit .step").all()]
+        assert len(boxes) == 4 and len({round(box["x"]) for box in boxes}) == columns
+    assert page.locator(".turn.hit h3").last.inner_text().startswith("student of v1")
 
 
 def test_tool_results_are_folded_and_open_where_the_search_hits(report, visit):

@@ -12,6 +12,8 @@ from tests.helpers import documented
 from tests.layout import ROOT
 
 RATES = ("escalate_recall", "over_escalation", "action_accuracy", "valid_output")
+SIDES = {"v2": "v2:plain", "v2.1": "v2.1:plain", "v2 at the threshold": "v2:tuned", "v2.1 at the threshold": "v2.1:tuned"}
+"""What README calls a revision as it decodes, and under its own threshold."""
 NAMED = re.findall(r"^\| (v2(?:\.1)?) \| `([0-9a-f]{7,40})` \| (\d+) \| (.*) \|$", documented("The study"), re.MULTILINE)
 STUDY = {name: commit for name, commit, _, _ in NAMED}
 
@@ -55,22 +57,35 @@ def test_the_factor_of_v2_1_is_the_one_that_calibration_chose():
     assert dict((name, int(factor)) for name, _, factor, _ in NAMED)["v2.1"] == sweep["chosen_on_calibration"]
 
 
-def compared(clone, policy):
-    """rate -> the pooled row of the student."""
-    sides = [f"{STUDY[name]}:{policy}" for name in ("v2", "v2.1")]
-    done = subprocess.run([sys.executable, "-m", "stages.compare", *sides, "--format", "json", "--no-judge"], cwd=clone, capture_output=True,
+def compared(folder, *sides):
+    """rate -> the pooled row of the student; a side as README calls it."""
+    revisions = [f"{STUDY[name]}:{policy}" for name, policy in (SIDES[side].split(":") for side in sides)]
+    done = subprocess.run([sys.executable, "-m", "stages.compare", *revisions, "--format", "json", "--no-judge"], cwd=folder, capture_output=True,
                           text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {row["rate"]: row for row in json.loads(done.stdout)["rows"] if (row["company"], row["model"]) == ("pooled", "student")}
 
 
+def cell(pair):
+    """A rate of the second side, and what sets it apart from the first's, as README shows it."""
+    difference, low, high = (100 * pair[key] for key in ("difference", "low", "high"))
+    p = f"{pair['cluster_p']:.3f}" if pair["cluster_p"] >= 0.0005 else "<0.001"
+    return f"{pair['k_b']}/{pair['n']}, {difference:+.1f} ({low:+.1f} to {high:+.1f}), p {p}"
+
+
+@pytest.mark.parametrize("a, b", [("v2", "v2.1"), ("v2.1", "v2 at the threshold"), ("v2.1", "v2.1 at the threshold")])
+def test_readme_sets_thresholds_and_oversampling_against_each_other_as_compare_does(a, b):
+    rates = compared(ROOT, a, b)
+    assert " | ".join(["", a, b, *(cell(rates[rate]) for rate in RATES[:3]), ""]).strip() in documented("The study")
+
+
 def test_the_two_compare_in_a_clone_without_a_remote(tmp_path):
     clone = tmp_path / "clone"
     assert git("clone", "--quiet", f"file://{ROOT}", str(clone)).returncode == 0
-    plain, before, after = compared(clone, "plain"), counts(STUDY["v2"]), counts(STUDY["v2.1"])
+    plain, before, after = compared(clone, "v2", "v2.1"), counts(STUDY["v2"]), counts(STUDY["v2.1"])
     for rate in RATES[:3]:
         assert (plain[rate]["k_a"], plain[rate]["n"]) == before[rate] and (plain[rate]["k_b"], plain[rate]["n"]) == after[rate]
-    tuned = compared(clone, "tuned")
+    tuned = compared(clone, "v2 at the threshold", "v2.1 at the threshold")
     assert all(tuned[rate]["gained"] == tuned[rate]["lost"] == 0 for rate in RATES[:2]), "they share the score, so they hand off the same turns"
     diff = subprocess.run([sys.executable, "-m", "dvc", "metrics", "diff", STUDY["v2"], STUDY["v2.1"]], cwd=clone, capture_output=True, text=True,
                           check=False)

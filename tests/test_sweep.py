@@ -1,4 +1,4 @@
-"""The sweep trains real students, does nothing twice, and chooses by the stated rule on the calibration turns alone."""
+"""The sweep trains real students, does nothing twice, and chooses by the stated rule on the calibration turns of one seed alone."""
 
 import hashlib
 import json
@@ -15,8 +15,14 @@ import yaml
 from schemas.operating import Rule
 from schemas.sweep import SweepMetrics
 from schemas.tables import Verified
+from stages import sweep as command
+from stages._show import markdown
 from stages._stage import write_table
-from stages.sweep import Outcome, best
+from stages.eval_exact import CALIBRATION, HELD_OUT
+from stages.sweep import Outcome, best, code
+from stages.sweep import table as rows_of
+from tests.helpers import documented, inside
+from tests.helpers import workspace as parameters
 from tests.layout import ROOT
 from tests.students import HANDOFF, LONG, SEARCH, base, customer, table
 
@@ -39,6 +45,73 @@ def test_of_equal_factors_the_smallest_is_chosen():
     assert best({4: FACTORS[4], 2: FACTORS[4]}, Rule.EXPECTED_COST, 60, 5, 0.05) == 2
 
 
+COUNTS = {1: (1, 0), 2: (2, 0), 4: (6, 2), 8: (9, 20)}
+"""factor -> (hand-offs found of 10, needless of 100) of the student of the first seed; those of other seeds find nothing."""
+
+
+def made_up(factor, seed):
+    """The rows of a student with these counts; every turn is valid."""
+    caught, needless = COUNTS[factor] if seed == 1 else (0, 0)
+    handed = [True] * caught + [False] * (10 - caught) + [True] * needless + [False] * (100 - needless)
+    return pl.DataFrame({"gold_action": ["escalate"] * 10 + ["reply"] * 100, "action": ["escalate" if one else "reply" for one in handed],
+                         "fault": [None] * 110, "model": ["student"] * 110, "decoding": ["free"] * 110}, schema_overrides={"fault": pl.String})
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the command trains and decodes, with students made up in place of both."""
+    found = []
+    monkeypatch.setattr(command, "trained", lambda factor, seed: (factor, seed))
+    monkeypatch.setattr(command, "replies", lambda student, split, *_: found.append((*student, split)) or made_up(*student))
+    return found
+
+
+@pytest.mark.parametrize("words, chosen, held_out", [
+    (["1", "2", "4", "8", "--seeds", "1", "2", "3"], 4, False), (["8", "4", "2", "1", "--seeds", "1", "2", "3", "2", "--held-out"], 4, True),
+    (["1", "2", "4", "8"], 4, False), (["1", "2", "--held-out"], 2, True), (["2", "--seeds", "1", "2", "--held-out"], 2, True)])
+def test_one_seed_chooses_and_the_others_show_how_far_chance_puts_the_smallest_and_the_chosen(asked, monkeypatch, tmp_path, capsys, words, chosen,
+                                                                                              held_out):
+    """With the other seeds' students, who find nothing, summed or averaged in, factor 2 would be chosen of 1, 2, 4 and 8."""
+    parameters(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sweep", *words])
+    with inside(tmp_path):
+        command.main()
+    factors = sorted({int(word) for word in words[:words.index("--seeds") if "--seeds" in words else len(words)] if word.isdigit()})
+    seeds = [1, 2, 3] if "3" in words else [1, 2] if "--seeds" in words else [1]
+    runs = sorted({(factor, 1) for factor in factors} | {(factor, seed) for factor in (factors[0], chosen) for seed in seeds})
+    assert sorted(asked) == sorted([(*one, CALIBRATION) for one in runs] + [
+        (*one, HELD_OUT) for one in runs if held_out and one[0] in (factors[0], chosen)]), "and nothing twice"
+    last = max(at for at, (_, seed, split) in enumerate(asked) if (seed, split) == (1, CALIBRATION))
+    assert last == len(factors) - 1, "the choice is made before anything else is seen"
+
+    found = SweepMetrics.model_validate_json((tmp_path / "metrics/sweep.json").read_bytes())
+    assert (found.chosen_on_calibration, found.chosen_with_seed) == (chosen, 1)
+    assert [(one.factor, one.seed) for one in found.runs] == runs
+    curve = pl.read_csv(tmp_path / "metrics/sweep/calibration.csv")
+    assert list(curve.select("factor", "seed").iter_rows()) == runs, "a mark of the plot for every student"
+    for one, recall, over in zip(found.runs, curve["escalate_recall"], curve["over_escalation"], strict=True):
+        assert (10 * recall, 100 * over) == pytest.approx(COUNTS[one.factor] if one.seed == 1 else (0, 0))
+        assert (one.held_out is not None) == (held_out and one.factor in (factors[0], chosen))
+    shown = capsys.readouterr().out
+    assert shown.count("| factor | seed |") == 1 + held_out and "| 2 | 1 | 2/10 | 0/100 | 102/110 | 110/110 |" in shown
+    assert f"chooses factor {chosen}" in shown.splitlines()[-1]
+
+
+def test_the_tables_in_readme_are_those_of_the_sweep():
+    sweep = json.loads((ROOT / "metrics/sweep.json").read_text(encoding="utf-8"))
+    for split in ("calibration", "held_out"):
+        if any(split in one for one in sweep["runs"]):
+            assert markdown(rows_of(sweep["runs"], split)) in documented("The study"), f"README's table of the {split} turns"
+
+
+def test_the_curve_is_that_of_the_metrics():
+    """One mark a student in `dvc plots show`."""
+    sweep = json.loads((ROOT / "metrics/sweep.json").read_text(encoding="utf-8"))
+    for one, row in zip(sweep["runs"], pl.read_csv(ROOT / "metrics/sweep/calibration.csv").iter_rows(named=True), strict=True):
+        shares = {name: round(of["k"] / of["n"], 4) for name, of in one["calibration"].items()}
+        assert row == {"factor": one["factor"], "seed": one["seed"], **shares}
+
+
 @pytest.fixture
 def workspace(tmp_path):
     """A folder with a few conversations to train on and to measure on."""
@@ -58,8 +131,30 @@ def workspace(tmp_path):
 
 
 def sweep(workspace, *words):
-    return subprocess.run([sys.executable, "-m", "stages.sweep", *words], cwd=workspace, text=True, capture_output=True, timeout=300, check=False,
+    return subprocess.run([sys.executable, "-m", "stages.sweep", *words], cwd=workspace, text=True, capture_output=True, check=False,
                           env=os.environ | {"PYTHONPATH": str(ROOT), "HANDOFF_CACHE": ".cache", "HF_HUB_OFFLINE": "1"})
+
+
+def lock(folder, deps, params):
+    """Write the entry of a dvc.lock that tells of the adapter."""
+    stage = {"deps": [{"path": path, "md5": md5} for path, md5 in deps.items()],
+             "params": {"params.yaml": {section: params[section] for section in ("student", "qlora_train")}}}
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": {"qlora_train": stage}}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("changed", [None, "stages/qlora_train.py", "data/oversample/train.parquet", "seed"])
+def test_the_workspaces_adapter_is_of_these_rows_parameters_and_this_code_or_another(tmp_path, changed):
+    parameters(tmp_path)
+    params = yaml.safe_load((tmp_path / "params.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "models/qlora_train").mkdir(parents=True)
+    (tmp_path / "models/qlora_train/adapter_config.json").touch()
+    (tmp_path / "rows").write_bytes(b"rows")
+    deps = {"data/oversample/train.parquet": hashlib.md5(b"rows").hexdigest(), **code("qlora_train")}
+    lock(tmp_path, deps | ({changed: "0" * 32} if changed in deps else {}), params)
+    mine = {section: params[section] for section in ("student", "qlora_train")}
+    mine["qlora_train"] = mine["qlora_train"] | ({"seed": 9} if changed == "seed" else {})
+    with inside(tmp_path):
+        assert command.workspace_has(Path("rows"), mine) == (changed is None)
 
 
 def test_students_are_trained_once_and_measured_on_what_was_asked_for(workspace):
@@ -69,13 +164,11 @@ def test_students_are_trained_once_and_measured_on_what_was_asked_for(workspace)
     metrics = workspace / "metrics/sweep.json"
     written = metrics.read_text(encoding="utf-8")
     found = SweepMetrics.model_validate(json.loads(written))
-    assert [(one.factor, one.seed) for one in found.runs] == [(1, 3), (2, 3)]
-    for one in found.runs:
-        for rates in (one.calibration, one.held_out):
-            assert (rates.action_accuracy.n, rates.escalate_recall.n, rates.over_escalation.n) == (7, 1, 6)
+    assert [(one.factor, one.seed, one.held_out is not None) for one in found.runs] == [(1, 3, True), (2, 3, False)], "neither finds anything"
+    for rates in (found.runs[0].held_out, *(one.calibration for one in found.runs)):
+        assert (rates.action_accuracy.n, rates.escalate_recall.n, rates.over_escalation.n) == (7, 1, 6)
     curve = pl.read_csv(workspace / "metrics/sweep/calibration.csv")
     assert curve["factor"].to_list() == [1, 2] and curve["valid_output"].to_list() == [0.0, 0.0], "four tokens are no step"
-    assert f"factor {found.chosen_on_calibration}" in first.stdout.splitlines()[-1]
 
     again = sweep(workspace, "1", "2", "--seeds", "3", "--held-out")
     assert "qlora_train:" not in again.stdout and "turn/s" not in again.stderr and metrics.read_text(encoding="utf-8") == written
@@ -86,15 +179,27 @@ def test_students_are_trained_once_and_measured_on_what_was_asked_for(workspace)
     shutil.copytree(folder / "models", workspace / "models")
     rows = hashlib.md5((folder / "data/oversample/train.parquet").read_bytes()).hexdigest()
     params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-    lock = {"stages": {"qlora_train": {"deps": [{"path": "data/oversample/train.parquet", "md5": rows}],
-                                       "params": {"params.yaml": {section: params[section] for section in ("student", "qlora_train")}}}}}
-    (workspace / "dvc.lock").write_text(yaml.safe_dump(lock), encoding="utf-8")
+    lock(workspace, {"data/oversample/train.parquet": rows, **code("qlora_train")}, params)
     shutil.rmtree(folder)
     taken = sweep(workspace, "2", "--seeds", "3")
     assert taken.returncode == 0 and "qlora_train:" not in taken.stdout, taken.stderr
     assert "held_out" not in json.loads(metrics.read_text(encoding="utf-8"))["runs"][0]
     other = sweep(workspace, "2", "--seeds", "4")
     assert other.stdout.count("qlora_train:") == 1, "another seed is another student"
+
+
+def test_other_code_makes_another_student(monkeypatch, tmp_path):
+    """The folder of a student is called after the code that trains it, too."""
+    parameters(tmp_path)
+    monkeypatch.setattr(command, "_run_stage", lambda stage, folder: (folder / "data/oversample").mkdir(parents=True, exist_ok=True) or
+                        (folder / "data/oversample/train.parquet").touch())
+    (tmp_path / "data/verify").mkdir()
+    (tmp_path / "data/verify/train.parquet").touch()
+    with inside(tmp_path):
+        before = command.trained(2, 1)
+        assert command.trained(2, 1) == before
+        monkeypatch.setattr(command, "code", lambda stage: {f"stages/{stage}.py": "0" * 32})
+        assert command.trained(2, 1) != before
 
 
 def test_a_factor_below_one_is_refused():
