@@ -10,6 +10,7 @@ Yu et al. 2022, "Orca").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -148,6 +149,32 @@ def _tree_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: 
 AttentionInterface.register("handoff_trees", _tree_attention)
 
 
+class _Prepacked(torch.nn.Module):
+    """A linear layer whose weights oneDNN has laid out for its kernels: on a few dozen rows, half again as fast as laying them out at every use."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self._weight, self._bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None), linear.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self._weight, self._bias, "none", [], "")
+        return out
+
+
+@contextmanager
+def _prepacked(model: Any) -> Iterator[None]:
+    """Let the model's plain linear layers be prepacked, where that is possible, for the time of a `with` block."""
+    plain = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear
+             and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()}
+    for name, module in plain.items():
+        model.set_submodule(name, _Prepacked(module))
+    try:
+        yield
+    finally:
+        for name, module in plain.items():
+            model.set_submodule(name, module)
+
+
 class TurnDecoder:
     """Decodes with one model.
 
@@ -182,6 +209,10 @@ class TurnDecoder:
             a conversation's number and, when all its turns have ended, for every way the replies in the order of the turns,
             without the token that ends them.
         """
+        with _prepacked(self.model):
+            yield from self._decode(conversations, ways)
+
+    def _decode(self, conversations: Sequence[Encoded], ways: Sequence[Callable[[], Choice]]) -> Iterator[tuple[int, list[list[Reply]]]]:
         waiting = sorted(range(len(conversations)), key=lambda number: (len(conversations[number].spans), len(conversations[number].ids)))
         trees: list[_Tree] = []
         while waiting or trees:
