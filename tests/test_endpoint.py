@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import hashlib
 import itertools
 import json
 import os
@@ -301,6 +302,19 @@ def test_a_database_that_is_damaged_is_one_sentence_and_nothing_is_thrown_away(t
     with hostile(PLAYER) as server, pytest.raises(InputError, match="cannot be used"):
         held(server.url)
     assert not server.log and (tmp_path / "responses/cache.db").read_bytes() == b"no database" * 500
+
+
+@pytest.mark.parametrize("schema", [None, action_json_schema(["delivery"])], ids=["plain", "schema"])
+def test_an_answer_lies_under_the_hash_of_the_request_as_it_was_sent(tmp_path, schema):
+    """However its parts are put together, or what was paid for would not be found again by a later version."""
+    question = [{"role": "user", "content": "\u201eWo?\u201c \U0001f4e6 \\ \"\n<|im_end|>"}]
+    with hostile(lambda *_: STEP) as server:
+        ask(server.url, [question], schema, extra={"top_p": 0.9, "a": {"z": None, "b": [1, True]}})
+        (_, _, request, _), = server.log
+    whole = json.dumps([server.url, request, request["seed"]], sort_keys=True)
+    responses = Responses(tmp_path / "responses")
+    assert [key for key, _ in responses.entries()] == [hashlib.sha256(whole.encode()).hexdigest()]
+    responses.close()
 
 
 def test_the_same_request_at_the_same_time_is_sent_once():
