@@ -8,14 +8,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-START = 4
+START = 10
+"""TCP's (RFC 6928): what a server takes at once that has just answered the first call."""
 
 
 class ConcurrencyLimit:
     """How many calls may be in flight, from 1 to `most`.
 
     Additive increase, multiplicative decrease (Chiu and Jain, 1989); up to the first overload the limit doubles with each
-    round, from a few (TCP's slow start, Jacobson, 1988).
+    round, from `START` (TCP's slow start, Jacobson, 1988).
 
     Args:
         most: calls in flight, at the most.

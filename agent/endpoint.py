@@ -11,7 +11,8 @@ import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
@@ -20,7 +21,7 @@ import openai
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from agent.concurrency import ConcurrencyLimit
-from agent.responses import RESPONSES, Completion, Responses, note_name, request_key
+from agent.responses import RESPONSES, Completion, Responses, as_json, note_name, request_key
 from agent.spend import FREE, EndpointFailure, Price, Room, Spend, Stopped, Usage
 from agent.wire import Answer, Counted, Dialect, MaxTokens, Metered, Output, ignores_schema, retry_after, strict
 from schemas.errors import InputError
@@ -124,6 +125,35 @@ class _Refused(Exception):
         self.status, self.words = status, words
 
 
+@dataclass(frozen=True)
+class _Question:
+    """What is asked, apart from the form in which a server takes it."""
+
+    messages: list[dict[str, str]]
+    sample: int
+    schema: dict[str, Any] | None
+
+    @cached_property
+    def formats(self) -> dict[Output, dict[str, Any]]:
+        """How structured output is asked for; none for a text."""
+        if self.schema is None:
+            return {}
+        return {"json_schema": {"type": "json_schema", "json_schema": {"name": "step", "strict": True, "schema": strict(self.schema)}},
+                "json_object": {"type": "json_object", "schema": self.schema}}
+
+    @cached_property
+    def _messages(self) -> str:
+        return as_json(self.messages)
+
+    @cached_property
+    def _formats(self) -> dict[Output, str]:
+        return {output: as_json(taken) for output, taken in self.formats.items()}
+
+    def at_hand(self, output: Output) -> dict[str, str]:
+        """The long fields of the request as JSON, written once for all forms of it."""
+        return {"messages": self._messages, "response_format": self._formats.get(output, "")}
+
+
 class Endpoint:
     """Sends chat requests; keeps every answer, so that none is paid for twice.
 
@@ -155,32 +185,33 @@ class Endpoint:
         Raises:
             EndpointFailure: no usable answer after all tries, or (`Stopped`) the stage is ending early.
         """
+        # The simulator answers from what is written: there is nothing to hold to a schema.
+        question = _Question(messages, sample, None if self.params.simulated else schema)
         try:
-            if self._responses is None:
-                if self._offline:
-                    raise EndpointFailure("not in the cache")
-                return await self._ask(messages, sample, schema)
-            if stored := self._stored(messages, sample, schema):
-                return stored
             if self._offline:
+                if stored := self._stored(question):
+                    return stored
                 raise EndpointFailure("not in the cache")
-            async with self._responses.asking(self._key_of(self._request(messages, sample, schema, Dialect()), sample)):
-                # Whoever asked before us may have it by now.
-                return self._stored(messages, sample, schema) or await self._ask(messages, sample, schema)
+            if self._responses is None:
+                return await self._ask(question)
+            async with self._responses.asking(self._key_of(question, Dialect())):
+                # Looked for only now: whoever asked before us, here or in another process, has it.
+                return self._stored(question) or await self._ask(question)
         except InputError as error:
             self._spend.stop(error)
             raise Stopped(str(error)) from None
 
-    def _key_of(self, request: dict[str, Any], sample: int) -> str:
-        return request_key(self.params.base_url, request, sample)
+    def _key_of(self, question: _Question, dialect: Dialect) -> str:
+        return request_key(self.params.base_url, self._request(question, dialect), question.sample, question.at_hand(dialect.output))
 
-    def _stored(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion | None:
+    def _stored(self, question: _Question) -> Completion | None:
         """The answer to the request as we would send it now or may have sent it when we knew the server less, or it took other fields."""
-        assert self._responses is not None
-        known, _ = self._dialect(schema)
-        dialects = itertools.product(get_args(Output) if schema else [known.output], (True, False), get_args(MaxTokens))
+        if self._responses is None:
+            return None
+        known, _ = self._dialect(question)
+        dialects = itertools.product(get_args(Output) if question.schema else [known.output], (True, False), get_args(MaxTokens))
         for dialect in sorted(itertools.starmap(Dialect, dialects), key=lambda dialect: dialect != known):
-            key = self._key_of(self._request(messages, sample, schema, dialect), sample)
+            key = self._key_of(question, dialect)
             if stored := self._responses.get(key):
                 self._answered_before = True
                 self._spend.reused += not self._offline
@@ -191,23 +222,19 @@ class Endpoint:
                 return stored
         return None
 
-    def _request(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None, dialect: Dialect) -> dict[str, Any]:
-        request: dict[str, Any] = {"model": self.params.model, "messages": messages, dialect.max_tokens: self.params.max_tokens}
+    def _request(self, question: _Question, dialect: Dialect) -> dict[str, Any]:
+        request: dict[str, Any] = {"model": self.params.model, "messages": question.messages, dialect.max_tokens: self.params.max_tokens}
         if self.params.temperature is not None:
             request["temperature"] = self.params.temperature
         if dialect.seed:
-            request["seed"] = sample
-        # The simulator answers from what is written: there is nothing to hold to a schema.
-        if schema is not None and not self.params.simulated:
-            if dialect.output == "json_schema":
-                request["response_format"] = {"type": "json_schema", "json_schema": {"name": "step", "strict": True, "schema": strict(schema)}}
-            elif dialect.output == "json_object":
-                request["response_format"] = {"type": "json_object", "schema": schema}
+            request["seed"] = question.sample
+        if taken := question.formats.get(dialect.output):
+            request["response_format"] = taken
         return request | self.params.extra
 
-    def _dialect(self, schema: dict[str, Any] | None) -> tuple[Dialect, bool]:
+    def _dialect(self, question: _Question) -> tuple[Dialect, bool]:
         """What is known of the server, and whether it is settled."""
-        structured = schema is not None and not self.params.simulated
+        structured = question.schema is not None
         if structured not in self._dialects and self._responses is not None and (note := self._responses.note(self._note_name(structured))):
             self._dialects[structured] = Dialect(**note)
         return self._dialects.get(structured, Dialect()), structured in self._dialects or self.params.simulated
@@ -215,27 +242,27 @@ class Endpoint:
     def _note_name(self, structured: bool) -> str:
         return f"{note_name(self.params.base_url, self.params.model)} {'schema' if structured else 'plain'}"
 
-    def _settle(self, schema: dict[str, Any] | None, dialect: Dialect) -> None:
-        structured = schema is not None and not self.params.simulated
+    def _settle(self, question: _Question, dialect: Dialect) -> None:
+        structured = question.schema is not None
         self._dialects[structured] = dialect
         if self._responses is not None:
             self._responses.set_note(self._note_name(structured), asdict(dialect))
 
-    async def _ask(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion:
+    async def _ask(self, question: _Question) -> Completion:
         """Ask the server; the first call of all goes alone, to find out which parts of a request the server takes."""
-        if not self._dialect(schema)[1]:
+        if not self._dialect(question)[1]:
             async with self._settling:
-                if not self._dialect(schema)[1]:  # else whoever went before us has found out
-                    return await self._ask_in(messages, sample, schema)
-        return await self._ask_in(messages, sample, schema)
+                if not self._dialect(question)[1]:  # else whoever went before us has found out
+                    return await self._ask_in(question)
+        return await self._ask_in(question)
 
-    async def _ask_in(self, messages: list[dict[str, str]], sample: int, schema: dict[str, Any] | None) -> Completion:
-        known, settled = self._dialect(schema)
+    async def _ask_in(self, question: _Question) -> Completion:
+        known, settled = self._dialect(question)
         dialect = known
         while True:
-            request = self._request(messages, sample, schema, dialect)
+            request = self._request(question, dialect)
             try:
-                completion = await self._tries(request, sample)
+                completion = await self._tries(request, question.sample)
             except _Refused as refused:
                 forbidden = refused.status == 403  # whatever the form of the request
                 if forbidden or (lesser := dialect.lesser(request, refused.words, settled)) is None:
@@ -246,7 +273,7 @@ class Endpoint:
             if not settled and "response_format" in request and completion.finish_reason == "stop" and ignores_schema(completion.text):
                 dialect = replace(dialect, output="text")
             if not settled or dialect != known:  # a call that learnt nothing does not overrule one that did
-                self._settle(schema, dialect)
+                self._settle(question, dialect)
             return completion
 
     async def _tries(self, request: dict[str, Any], sample: int) -> Completion:
@@ -364,7 +391,7 @@ class Endpoint:
             raise _Again("the answer holds no text", paid=True)
         key = None
         if self._responses is not None:
-            self._responses.put(key := self._key_of(request, sample), completion)
+            self._responses.put(key := request_key(self.params.base_url, request, sample), completion)
         room.paid(key or f"{self._spend.sent}", completion.usage)
         self._answered, self._given_up = True, 0
         return completion

@@ -14,7 +14,7 @@ import json
 import os
 import sqlite3
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -75,9 +75,23 @@ class Completion(BaseModel):
         return Usage(self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.cost_usd)
 
 
-def request_key(base_url: str, request: dict[str, Any], sample: int) -> str:
-    """The address of a response: a hash of the base URL, the whole request as sent, and the sample index."""
-    return hashlib.sha256(json.dumps([base_url.rstrip("/"), request, sample], sort_keys=True).encode()).hexdigest()
+def as_json(value: Any) -> str:
+    """A value as JSON, the same whatever the order of its keys."""
+    return json.dumps(value, sort_keys=True)
+
+
+def request_key(base_url: str, request: dict[str, Any], sample: int, at_hand: Mapping[str, str] | None = None) -> str:
+    """The address of a response: a hash of the base URL, the whole request as sent, and the sample index.
+
+    Args:
+        base_url: where the request goes.
+        request: as it is sent.
+        sample: which of several answers to the same request.
+        at_hand: fields of the request that are written as JSON already. Most of what is hashed is the conversation and the
+            schema, which one request has in all its forms.
+    """
+    fields = ", ".join(f"{as_json(name)}: {(at_hand or {}).get(name) or as_json(request[name])}" for name in sorted(request))
+    return hashlib.sha256(f"[{as_json(base_url.rstrip('/'))}, {{{fields}}}, {as_json(sample)}]".encode()).hexdigest()
 
 
 def note_name(base_url: str, model: str) -> str:

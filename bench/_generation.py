@@ -78,9 +78,8 @@ async def generate(url: str, slots: int, count: int) -> dict[str, Any]:
     looking.cancel()
     if failed := {transcript.failure for _, _, transcripts in held for transcript in transcripts} - {None}:
         raise RuntimeError(f"the server refuses what the stage asks: {failed}")
-    # Every line of the customer's but the first is asked for, and every step of the agent's.
-    calls = [sum(message.role is not Role.TOOL for message in transcript.messages) - 1 for _, _, transcripts in held for transcript in transcripts]
-    return {"conversations": len(held), "calls": spend.sent, "longest": max(calls), "slots": slots, "seconds": seconds,
+    longest = max(sum(transcript.calls.values()) for _, _, transcripts in held for transcript in transcripts)
+    return {"conversations": len(held), "calls": spend.sent, "longest": longest, "slots": slots, "seconds": seconds,
             "calls_per_s": spend.sent / seconds, "start_mb": start_mb, "half_mb": seen[len(seen) // 2], "peak_mb": max(seen)}
 
 

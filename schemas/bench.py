@@ -201,6 +201,7 @@ class BenchMetrics(_Bench):
     eval_vs_generate: float | None = Field(description="agent turns a second over those of `generate`, one by one")
     eval_vs_llama_cpp: float | None = Field(description="agent turns a second over those of llama.cpp's server with prompt caching")
     teacher_gen_vs_ideal: float | None = Field(description="ideal time over measured, at the number of slots where it is worst")
+    conversations_vs_ideal: float | None = Field(description="the same, for whole conversations whose calls follow each other")
     million_turns_s: float | None = Field(description="seconds for verify and oversample on a million agent turns")
     repro_minutes: float | None
     machine: Machine
@@ -217,6 +218,7 @@ class BenchMetrics(_Bench):
             eval_vs_generate=evaluation.vs_generate.median if evaluation else None,
             eval_vs_llama_cpp=evaluation.vs_llama_cpp.median if evaluation and evaluation.vs_llama_cpp else None,
             teacher_gen_vs_ideal=min(level.vs_ideal.median for level in teacher_gen.levels) if teacher_gen else None,
+            conversations_vs_ideal=teacher_gen.held.vs_ideal.median if teacher_gen else None,
             million_turns_s=million[0] if million else None,
             repro_minutes=details.repro.total if details.repro else None,
             machine=machine, details=details)

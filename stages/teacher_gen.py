@@ -112,26 +112,29 @@ async def hold_all(companies: dict[str, Company], params: TeacherGenParams, simu
                    offline: bool = False) -> Held:
     """Every attempt at every scenario; `offline` as far as the cache goes."""
     jobs = [(company, scenario) for company in companies.values() for scenario in company.scenarios]
+    lengths = [sum(1 + len(turn.agent) for turn in scenario.turns) for _, scenario in jobs]
     bases = {slug: KnowledgeBase(company.articles) for slug, company in companies.items()}
-    finished_usd = 0.0
+    finished_usd, done = 0.0, 0
     # Twice as many conversations as slots keep every slot busy while tools run.
     room = asyncio.Semaphore(2 * params.teacher.max_concurrency)
     async with open_endpoints(spend, simulator_url, params.teacher, params.customer, offline=offline) as (teacher, customer):
-        with tqdm(total=len(jobs), desc="teacher_gen", unit="conv", file=sys.stderr, disable=offline, miniters=0) as bar:
+        # In messages as written: the first conversations are the longest, and would promise more time and dollars than it takes.
+        with tqdm(total=sum(lengths), desc="teacher_gen", unit="message", file=sys.stderr, disable=offline, miniters=0) as bar:
 
-            async def job(company: Company, scenario: Scenario) -> list[Transcript]:
-                nonlocal finished_usd
+            async def job(company: Company, scenario: Scenario, length: int) -> list[Transcript]:
+                nonlocal finished_usd, done
                 async with room:
                     transcripts = await _attempts(company, scenario, bases[company.slug], params.attempts, teacher, customer)
                 finished_usd += sum(cost.cost_usd or 0.0 for transcript in transcripts for cost in transcript.costs)
-                bar.update()
-                bar.set_postfix_str(spend.progress(finished_usd / bar.n * len(jobs) if bar.n else 0.0), refresh=False)
+                done += length
+                bar.update(length)
+                bar.set_postfix_str(spend.progress(finished_usd / done * sum(lengths)), refresh=False)
                 return transcripts
 
             # Those that promise to be longest first, so that the last ones to end are short (LPT; Graham 1969).
-            order = sorted(range(len(jobs)), key=lambda number: -sum(1 + len(turn.agent) for turn in jobs[number][1].turns))
+            order = sorted(range(len(jobs)), key=lambda number: -lengths[number])
             async with asyncio.TaskGroup() as group:
-                tasks = {number: group.create_task(job(*jobs[number])) for number in order}
+                tasks = {number: group.create_task(job(*jobs[number], lengths[number])) for number in order}
     return [(company, scenario, tasks[number].result()) for number, (company, scenario) in enumerate(jobs)]
 
 

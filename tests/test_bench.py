@@ -20,6 +20,7 @@ from bench._flop import READ_BY_OTHERS, _linear, linear_flop
 from bench._measure import RESULTS, ProcessFailed, add_result, ratio, read_results, this_machine, watch
 from bench._traces import grow
 from schemas.bench import BenchMetrics, Machine, TablesPart
+from schemas.company import Kind
 from schemas.errors import InputError
 from stages._batches import Collator, Example
 from stages.qlora_train import adapted, supervised_nll
@@ -152,6 +153,11 @@ def test_calls_and_conversations_are_counted_and_timed(space):
     assert len(held.seconds) == 2 and all(seconds >= held.ideal_s for seconds in held.seconds), "the server answered more at a time than it may"
     assert part.generation.conversations == 12 and part.generation.calls > 3 * 12 and part.generation.peak_mb >= part.generation.start_mb
     assert results.teacher_gen_vs_ideal == min(level.vs_ideal.median for level in part.levels) <= 1
+    assert results.conversations_vs_ideal == held.vs_ideal.median <= 1
+    # The customer's first line and its last word, that there is nothing more, are asked for as well.
+    calls = [sum(1 + len(turn.agent) for turn in scenario.turns) + (scenario.kind is not Kind.HANDOFF)
+             for company in many_scenarios(12).values() for scenario in company.scenarios]
+    assert (part.generation.calls, part.generation.longest) == (sum(calls), max(calls))
     assert not (space / ".cache/responses").exists()
 
 

@@ -1,6 +1,7 @@
 """The bundled companies keep what the data card promises, and the checks that say so can fail."""
 
 import csv
+from collections import Counter
 from functools import cache
 from itertools import combinations
 
@@ -50,6 +51,16 @@ def test_a_held_out_company_has_its_counts(slug):
 @pytest.mark.parametrize("slug", SLUGS)
 def test_every_company_has_every_reason_among_handoffs_and_near_misses(slug):
     assert set(described(slug)["handoff_reasons"]) == set(described(slug)["near_miss_reasons"]) == REASONS
+
+
+@pytest.mark.parametrize("slugs", [TRAINING, *([slug] for slug in HELD_OUT)], ids="+".join)
+def test_handoffs_show_in_different_ways_and_at_different_times(slugs):
+    """About a third need the policy's numbers, about a third are understated, and more than a third show only in mid-conversation."""
+    def summed(figure):
+        return sum((Counter(described(slug)[figure]) for slug in slugs), Counter())
+    handoffs, cues, turns = (summed(figure) for figure in ("kinds", "cues", "handoff_at_customer_turn"))
+    assert min(cues[cue] for cue in ("number", "understated")) >= 0.3 * handoffs["handoff"] and cues.total() == handoffs["handoff"] == turns.total()
+    assert turns.total() - turns["1"] >= handoffs["handoff"] / 3 and max(map(int, turns)) <= 4
 
 
 @pytest.mark.parametrize("slug", SLUGS)

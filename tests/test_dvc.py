@@ -95,7 +95,7 @@ def test_metrics_and_predictions_are_in_git_and_small():
     assert "models/operating_point.json" in tracked
 
 
-@pytest.mark.parametrize("command", [["metrics", "show"], ["dag"], ["params", "diff"]])
+@pytest.mark.parametrize("command", [["metrics", "show"], ["metrics", "diff"], ["dag"], ["params", "diff"]])
 def test_dvc_commands_work_as_they_come(command):
     done = subprocess.run(["dvc", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

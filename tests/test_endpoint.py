@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import hashlib
 import itertools
 import json
 import os
@@ -14,11 +15,11 @@ import pytest
 
 from agent import endpoint
 from agent.endpoint import EndpointParams, open_endpoints
-from agent.protocol import DONE
+from agent.protocol import DONE, system_prompt
 from agent.responses import Completion, Responses
 from agent.spend import EndpointFailure, Spend, Stopped
 from agent.wire import retry_after
-from schemas.action import action_json_schema
+from schemas.action import TOOLS, action_json_schema, parse_action
 from schemas.errors import InputError
 from simulator.actors import Player, Rates
 from stages import teacher_gen
@@ -193,6 +194,66 @@ def test_the_limit_follows_what_the_server_can_take():
     assert 0 < len(refused) < 50, "64 at once would be refused far more often than they are answered"
 
 
+def test_conversations_run_side_by_side_and_no_more_calls_than_stated(clean):
+    chats = [[{"role": "user", "content": f"question {number}"}] for number in range(12)]
+    with hostile(lambda *_: "fine", delay_s=0.05) as server:
+        ask(server.url, chats, max_concurrency=3)
+        assert server.most_open == 3
+    with hostile(PLAYER, delay_s=0.05) as server:
+        assert held(server.url, max_concurrency=2) == clean[0]
+        assert 1 < server.most_open <= 4, "two for the teacher, two for the customer"
+
+
+def test_the_longest_conversations_are_begun_first_and_the_rows_keep_the_order_of_the_corpus():
+    gym = real("gym").model_copy(update={"scenarios": real("gym").scenarios[::7]})
+    with hostile(Player({"gym": gym}, Rates(**FLAWLESS)).answer) as server:
+        rows = held(server.url, {"gym": gym}, max_concurrency=1)
+    asked = [request["messages"] for *_, request, _ in server.log]
+    openings = [chat[0]["content"] for chat in asked if chat[-1]["content"].startswith("(The chat opens")]
+    begun = [scenario for opening in openings for scenario in gym.scenarios if scenario.customer.facts in opening]
+    lengths = [sum(1 + len(turn.agent) for turn in scenario.turns) for scenario in begun]
+    assert len(begun) == len(gym.scenarios) and lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
+    assert list(dict.fromkeys(row["scenario"] for row in rows)) == [scenario.id for scenario in gym.scenarios]
+
+
+def test_who_plays_gets_what_a_live_model_needs_and_no_more():
+    """The customer aim, facts, temperament and what was said; the teacher the system prompt and what was said and found."""
+    scenario = next(each for each in GYM["gym"].scenarios if any(step.action in TOOLS for step in each.steps))
+    company = GYM["gym"].model_copy(update={"scenarios": [scenario]})
+    with hostile(PLAYER) as server:
+        rows = held(server.url, {"gym": company})
+    asked = [request["messages"] for *_, request, _ in server.log]
+    customers, teachers = ([chat for chat in asked if ("You are a customer" in chat[0]["content"]) is who] for who in (True, False))
+    assert all(told in chat[0]["content"] for chat in customers for told in
+               (scenario.customer.aim, scenario.customer.facts, scenario.customer.temperament))
+    assert {chat[0]["content"] for chat in teachers} == {system_prompt(company)} and company.policy in system_prompt(company)
+    told = [row["content"] for row in rows]
+    assert all(any(said["content"].endswith(content) for said in teachers[-1][1:]) for content in told[: len(teachers[-1]) - 1])
+    thoughts = [parse_action(row["content"]).thought for row in rows if row["role"] == "agent"]
+    found = [row["content"] for row in rows if row["role"] == "tool"]
+    assert found and not any(secret in message["content"] for chat in customers for message in chat for secret in thoughts + found)
+
+
+def test_the_live_line_projects_by_length_since_long_conversations_come_first():
+    """By conversations, the first lines would promise more than twice of what the whole costs."""
+    gym = real("gym")
+    lengths = {scenario.id: sum(1 + len(turn.agent) for turn in scenario.turns) for scenario in gym.scenarios}
+    ranked = sorted(gym.scenarios, key=lambda scenario: lengths[scenario.id])
+    gym = gym.model_copy(update={"scenarios": ranked[:6] + ranked[-2:]})
+    projected = []
+
+    class Told(Spend):
+        def progress(self, projected_usd):
+            projected.append(projected_usd)
+            return super().progress(projected_usd)
+
+    with hostile(Player({"gym": gym}, Rates(**FLAWLESS)).answer) as server:
+        asyncio.run(teacher_gen.hold_all({"gym": gym}, params(server.url, max_concurrency=1), None, Told(None, "teacher_gen")))
+        cost = worth(server)
+    assert projected[-1] == pytest.approx(cost) and len(projected) == 8
+    assert all(0.7 * cost < each < 1.5 * cost for each in projected), [each / cost for each in projected]
+
+
 @pytest.mark.parametrize("header", [lambda: "1", lambda: email.utils.formatdate(time.time() + 2, usegmt=True)], ids=["seconds", "date"])
 def test_retry_after_is_kept_by_all_calls(header):
     with hostile(lambda *_: "fine", lambda _, nth: OK) as server:
@@ -301,6 +362,19 @@ def test_a_database_that_is_damaged_is_one_sentence_and_nothing_is_thrown_away(t
     with hostile(PLAYER) as server, pytest.raises(InputError, match="cannot be used"):
         held(server.url)
     assert not server.log and (tmp_path / "responses/cache.db").read_bytes() == b"no database" * 500
+
+
+@pytest.mark.parametrize("schema", [None, action_json_schema(["delivery"])], ids=["plain", "schema"])
+def test_an_answer_lies_under_the_hash_of_the_request_as_it_was_sent(tmp_path, schema):
+    """However its parts are put together, or what was paid for would not be found again by a later version."""
+    question = [{"role": "user", "content": "\u201eWo?\u201c \U0001f4e6 \\ \"\n<|im_end|>"}]
+    with hostile(lambda *_: STEP) as server:
+        ask(server.url, [question], schema, extra={"top_p": 0.9, "a": {"z": None, "b": [1, True]}})
+        (_, _, request, _), = server.log
+    whole = json.dumps([server.url, request, request["seed"]], sort_keys=True)
+    responses = Responses(tmp_path / "responses")
+    assert [key for key, _ in responses.entries()] == [hashlib.sha256(whole.encode()).hexdigest()]
+    responses.close()
 
 
 def test_the_same_request_at_the_same_time_is_sent_once():

@@ -230,3 +230,8 @@ def test_what_needs_no_model_imports_no_torch(module):
     code = f"import {module}, sys; print(*{{'torch', 'transformers'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_readme_names_every_file_with_long_tests():
+    files = {path.name for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.long" in path.read_text(encoding="utf-8")} - {"test_layout.py"}
+    assert files == set(re.findall(r"^\| `tests/(test_\w+\.py)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))

@@ -204,12 +204,14 @@ def test_in_equals_kept_plus_rejected(tmp_path, capsys):
     with inside(tmp_path):
         write_table(verify.TRACES, table, Traces)
         verify.main()
-        metrics = json.loads(verify.METRICS.read_text())
-        tables = {path.stem: read_table(path, Rejected if path == verify.REJECTED else Verified)
-                  for path in (verify.TRAIN, verify.CALIBRATION, verify.HELD_OUT, verify.REJECTED)}
+        metrics, outputs = json.loads(verify.METRICS.read_text()), (verify.TRAIN, verify.CALIBRATION, verify.HELD_OUT, verify.REJECTED)
+        tables = {path.stem: read_table(path, Rejected if path == verify.REJECTED else Verified) for path in outputs}
+        before = [path.read_bytes() for path in outputs]
+        verify.main()
+        assert [path.read_bytes() for path in outputs] == before, "another run, other bytes"
     assert (metrics["in"], metrics["kept"], metrics["rejected"]) == (36, 9, 27)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert said == [
+    assert said == 2 * [
         f"warning: {slug} is held out and none of its conversations was kept: the results have no row for it" for slug in sorted(HELD_OUT)]
     assert metrics["not_applicable"] == {"ticket_category": 0, "facts": 0, "outcome": 0}
     assert {name: count for name, count in metrics["reasons"].items() if count} == {"duplicate": 9, "unfinished": 9, "not_one_json_object": 9}
