@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from schemas.errors import InputError
 from stages._stage import read_table
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ ROW_GROUP = 2**16
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _work: Callable[[Any], Any]
+# By itself it comes back from a worker without its hint, which it cannot be made without.
+copyreg.pickle(InputError, lambda error: (InputError, (str(error), error.hint)))
 
 
 def digest(text: str) -> bytes:
@@ -105,8 +109,13 @@ def _begin(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    threading.Thread(target=lambda: (parent and parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _do(item: Any) -> Any:

@@ -14,6 +14,7 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from schemas.errors import InputError
 from schemas.recorded import OriginRule, OriginVerifyMetrics, Recorded
 from schemas.tables import Rejected, Traces, Verified
 from schemas.traces import Message, RejectReason, Role
-from stages._chunks import Parts, checked_chunks, chunks, on_all_cores, publish
+from stages._chunks import ROWS, Parts, checked_chunks, chunks, on_all_cores, publish
 from stages._examine import Examined, Examiner, line, spoken, words
 from stages._rules import Rejection
 from stages._stage import (
@@ -128,12 +129,22 @@ class Gate:
 Verdict = tuple[Examined, Rejection | None]
 
 
-def check_all(chunks: Iterable[pl.DataFrame], companies: dict[str, Company], gate: Gate) -> Iterator[tuple[pl.DataFrame, list[Verdict]]]:
-    """Every chunk with its conversations' verdicts. Held-out companies go first, so that their text is known when the others come."""
-    for chunk, examined in on_all_cores(Examiner(companies).chunk, chunks):
-        roles, contents = chunk["role"], chunk["content"]
-        yield chunk, [(one, gate.check(one, lambda index, first=one.first: Message(Role(roles[first + index]), contents[first + index])))
-                      for one in examined]
+def check_all(traces: pl.LazyFrame, companies: dict[str, Company], gate: Gate, held_out: set[str],
+              rows: int = ROWS) -> Iterator[tuple[bool, pl.DataFrame, list[Verdict]]]:
+    """The table in chunks, each with whether its companies are held out and the verdicts on its conversations.
+
+    Held-out companies go first, so that their text is known when the others come.
+    """
+    import polars as pl
+
+    for of_held_out in (True, False):
+        theirs = traces.filter(pl.col("company").is_in(sorted(held_out)) == of_held_out)
+        for chunk, examined in on_all_cores(Examiner(companies).chunk, chunks(theirs, rows)):
+            yield of_held_out, chunk, [(one, gate.check(one, partial(_message, chunk, one.first))) for one in examined]
+
+
+def _message(chunk: pl.DataFrame, first: int, index: int) -> Message:
+    return Message(Role(chunk["role"][first + index]), chunk["content"][first + index])
 
 
 class Origins:
@@ -176,8 +187,9 @@ def split_tables(chunk: pl.DataFrame, verdicts: list[Verdict], origins: Origins)
 
     canonical = {one.first + index: text for one, _ in verdicts for index, text in one.canonical.items()}
     said = pl.DataFrame({"row": canonical.keys(), "canonical": canonical.values()}, schema={"row": pl.UInt32, "canonical": pl.String})
-    kept = pl.DataFrame([(one.name, origins.part(one), origins.kind(one), origins.prompt(one)) for one, rejection in verdicts if rejection is None], orient="row",
-                        schema={"conversation_id": pl.String, "part": pl.String, "kind": pl.String, "system": pl.String})
+    kept = pl.DataFrame(
+        [(one.name, origins.part(one), origins.kind(one), origins.prompt(one)) for one, rejection in verdicts if rejection is None], orient="row",
+        schema={"conversation_id": pl.String, "part": pl.String, "kind": pl.String, "system": pl.String})
     why = pl.DataFrame(
         [(one.name, rejection.reason.value, rejection.detail, rejection.index) for one, rejection in verdicts if rejection], orient="row",
         schema={"conversation_id": pl.String, "reject_reason": pl.String, "reject_detail": pl.String, "reject_index": pl.Int64})
@@ -268,16 +280,13 @@ def main() -> None:
     tally, gate = Tally(), Gate(companies, held_out)
     with TemporaryDirectory() as folder:
         parts = {name: Parts(Path(folder) / name, Verified) for name in PARTS}
-        rejected = [Parts(Path(folder) / name, Rejected, "place") for name in ("rejected_held_out", "rejected_others")]
-        traces = pl.scan_parquet(TRACES).with_row_index("place")
-        for part, of_held_out in zip(rejected, (True, False), strict=True):
-            theirs = traces.filter(pl.col("company").is_in(sorted(held_out)) == of_held_out)
-            for chunk, verdicts in check_all(chunks(theirs), companies, gate):
-                tally.add(verdicts, origins, companies)
-                tables = split_tables(chunk, verdicts, origins)
-                part.add(tables.pop("rejected"))
-                for name, table in tables.items():
-                    parts[name].add(table)
+        rejected = {held: Parts(Path(folder) / f"rejected_{held}", Rejected, "place") for held in (True, False)}
+        for of_held_out, chunk, verdicts in check_all(pl.scan_parquet(TRACES).with_row_index("place"), companies, gate, held_out):
+            tally.add(verdicts, origins, companies)
+            tables = split_tables(chunk, verdicts, origins)
+            rejected[of_held_out].add(tables["rejected"])
+            for name, table in parts.items():
+                table.add(tables[name])
         worst = ", ".join(f"{reason} {count}" for reason, count in tally.reasons.most_common(3))
         for name, what in (("train", "train"), ("held_out", "measure")):
             if recorded and not tally.count(name):
@@ -285,7 +294,7 @@ def main() -> None:
                                  "more logs, or what the mapping may leave out; README, 'Use your own logs'")
         for path, name in ((TRAIN, "train"), (CALIBRATION, "calibration"), (HELD_OUT, "held_out")):
             publish(path, parts[name].scan())
-        publish(REJECTED, rejected[0].scan().merge_sorted(rejected[1].scan(), "place").drop("place"))
+        publish(REJECTED, rejected[True].scan().merge_sorted(rejected[False].scan(), "place").drop("place"))
     metrics = tally.metrics(min(teachers))
     write_metrics(METRICS, metrics, OriginVerifyMetrics)
     say(f"verify: {metrics['in']} in, {metrics['kept']} kept, {metrics['rejected']} rejected ({worst or 'none'})")
