@@ -170,31 +170,32 @@ def _found(text: str) -> Iterator[re.Match[str]]:
 
 def _read(match: re.Match[str], in_digits: frozenset[str]) -> Iterator[tuple[str, frozenset[str], frozenset[str]]]:
     """Kind, readings and digits of what a match of `_FACT` states; several where it lists several."""
-    found = {name: value for name, value in match.groupdict().items() if value}
-    if "iso" in found:
+    kind = match.lastgroup
+    if kind == "iso":
         month, day = match[0].split("-")
         yield _date(day, int(month))
-    elif "slashed" in found:
+    elif kind == "slashed":
         first, second = re.findall(r"\d+", match[0])
         days = [(day, int(month)) for day, month in ((first, second), (second, first)) if int(day) <= 31 and 1 <= int(month) <= 12]
         readings = frozenset[str]().union(*(_date(*day)[1] for day in days)) if match[0] != "24/7" else None
         yield ("date", readings, _digits(match[0])) if readings else ("", _digits(match[0]), _digits(match[0]))
-    elif "months" in found:
-        for month in _MONTH_NAME.findall(found["months"]):
-            for day in re.findall(r"\d+", found["days"]):
+    elif kind == "months":
+        for month in _MONTH_NAME.findall(match["months"]):
+            for day in re.findall(r"\d+", match["days"]):
                 yield _date(day, _month(month))
-    elif "month" in found:
-        if not found["day"].isdigit() or _digits(found["day"]) <= in_digits:  # else it is "the January one"
-            yield _date(re.sub(r"\D", "", found["day"]), _month(found["month"]))
-    elif "clock" in found:
+    elif kind == "day":
+        if not match["day"].isdigit() or _digits(match["day"]) <= in_digits:  # else it is "the January one"
+            yield _date(re.sub(r"\D", "", match["day"]), _month(match["month"]))
+    elif kind == "clock":
         yield "time of day", _clock(match[0]), _digits(match[0])
-    elif "ordinal" in found or "bare" in found:
-        yield "ordinal" if "ordinal" in found else "", _digits(match[0]), _digits(match[0])
+    elif kind in ("ordinal", "bare"):
+        digits = _digits(match[0])
+        yield "ordinal" if kind == "ordinal" else "", digits, digits
     else:
-        kind, factor = _UNITS[" ".join((found.get("unit") or found["symbol"]).lower().replace("-", " ").split())]
+        measured, factor = _UNITS[" ".join((match["unit"] or match["symbol"]).lower().replace("-", " ").split())]
         for number in sorted(_digits(match[0])):
             if number.count(".") < 2:
-                yield kind, frozenset({_normal(f"{Decimal(number) * factor:f}")}), frozenset({number})
+                yield measured, frozenset({_normal(f"{Decimal(number) * factor:f}")}), frozenset({number})
 
 
 def _date(day: str, month: int) -> tuple[str, frozenset[str], frozenset[str]]:
@@ -229,6 +230,8 @@ def _digits(text: str) -> frozenset[str]:
 
 def _normal(number: str) -> str:
     """A number as Decimal reads it, without needless zeros: `1,200.00` and `1.200,00` are 1200, `12,50` is 12.5."""
+    if number.isdigit():
+        return number.lstrip("0") or "0"
     if _GROUPED.fullmatch(number):
         number = number.replace(".", "").replace(",", ".") if number.rfind(",") > number.rfind(".") > 0 else number.replace(",", "")
     elif _DECIMAL_COMMA.fullmatch(number):

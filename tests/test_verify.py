@@ -6,13 +6,13 @@ from collections import Counter
 import polars as pl
 import pytest
 
-from schemas.action import parse_action
+from schemas.action import make_action, parse_action
 from schemas.company import Kind, load_company
 from schemas.tables import Rejected, Traces, Verified
 from schemas.traces import Message, RejectReason, Role
 from stages import verify
 from stages._chunks import ROWS
-from stages._examine import Examiner
+from stages._examine import Examiner, _is_canonical
 from stages._rules import MAX_MESSAGE_WORDS, MAX_STEPS, RULES, Case, examine
 from stages._stage import load_params, read_table, write_table
 from stages.verify import Gate, Origins, VerifyParams, check_all, split_of, split_tables
@@ -259,6 +259,16 @@ def test_nothing_of_a_held_out_company_is_trained_or_calibrated_on():
         assert not {line for line in spoken[name] & spoken["held_out"] if len(line.split()) >= 5}
     assert not set(tables["train"]["conversation_id"]) & set(tables["calibration"]["conversation_id"])
     assert sum(t["conversation_id"].n_unique() for t in tables.values()) == len(verdicts) == sum(len(c.scenarios) for c in companies.values())
+
+
+@pytest.mark.parametrize("text", [
+    "plain", "Grüße “ß”", 'a "quote" and a \\ backslash', "line\nbreak\ttab", "\x1f\x7f\u2028", "😀", "<|im_end|>", ""])
+def test_a_step_is_known_as_canonical_exactly_where_it_is(text):
+    for action, args, message in (("reply", {}, f"{text}."), ("search_kb", {"query": f"{text}?"}, ""), ("escalate", {"reason": "legal"}, f"{text}!"),
+                                  ("create_ticket", {"category": "refunds", "summary": f"{text}-"}, "")):
+        step = make_action(text, action, args, message)
+        assert _is_canonical(step.to_json(), step)
+        assert not _is_canonical(json.dumps(json.loads(step.to_json())).replace(", ", ","), step)
 
 
 def written(folder):
