@@ -1,7 +1,8 @@
 """verify and oversample on tables of growing size: seconds and peak memory of each.
 
-The tables are copies of the real traces, as they come from teacher_gen; a copy has an id and an opening line of its own,
-so that it is no duplicate. Each stage runs as it always does, in a process of its own, in a folder of its own.
+The tables are copies of the real traces, as they come from teacher_gen; a copy has ids and, in all that customer and agent
+write, a word of its own, so that nothing in it is a duplicate of another (bench/_traces.py). Each stage runs as it always
+does, in a process of its own, in a folder of its own.
 """
 
 from __future__ import annotations

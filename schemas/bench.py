@@ -124,11 +124,11 @@ class Process(_Bench):
     """One process from start to end."""
 
     seconds: Seconds
-    peak_mb: Megabytes
+    peak_mb: Megabytes = Field(description="resident; with the peaks of the processes that it starts, as if they fell together")
 
 
 class TableSize(_Bench):
-    """verify and oversample on copies of the real traces, each with an id and an opening line of its own."""
+    """verify and oversample on copies of the real traces, each with ids and, in all that customer and agent write, a word of its own."""
 
     turns: Count = Field(description="agent turns in")
     messages: Count

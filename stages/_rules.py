@@ -42,6 +42,12 @@ class Case:
 
 def examine(messages: list[Message], company: Company | None, scenario: Scenario | None) -> Rejection | None:
     """The first rule that the conversation breaks, or None."""
+    steps = read_steps(messages)
+    return steps if isinstance(steps, Rejection) else first_broken(Case(messages, steps, company, scenario))
+
+
+def read_steps(messages: list[Message]) -> dict[int, Action] | Rejection:
+    """The agent's steps by message index, or why one of its messages is none."""
     steps: dict[int, Action] = {}
     for index, message in enumerate(messages):
         if message.role is Role.AGENT:
@@ -49,7 +55,11 @@ def examine(messages: list[Message], company: Company | None, scenario: Scenario
                 steps[index] = parse_action(message.content)
             except ActionError as error:
                 return Rejection(RejectReason(error.fault.value), error.detail, index)
-    case = Case(messages, steps, company, scenario)
+    return steps
+
+
+def first_broken(case: Case) -> Rejection | None:
+    """The first rule that a conversation whose steps can be read breaks, or None."""
     return next((rejection for rule in RULES for rejection in rule(case)), None)
 
 

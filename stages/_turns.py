@@ -26,5 +26,9 @@ def escalations(table: pl.DataFrame) -> pl.DataFrame:
 
 def turn_counts(counts: pl.DataFrame) -> dict[str, Any]:
     """The sums of `escalations`: conversations, agent turns, hand-off turns and their share."""
-    turns, handoffs = int(counts["turns"].sum()), int(counts["escalates"].sum())
-    return {"conversations": len(counts), "agent_turns": turns, "handoff_turns": handoffs, "escalate_share": handoffs / max(1, turns)}
+    return with_share(len(counts), int(counts["turns"].sum()), int(counts["escalates"].sum()))
+
+
+def with_share(conversations: int, turns: int, handoffs: int) -> dict[str, Any]:
+    """Counts as they stand in the metrics, with the share of hand-offs."""
+    return {"conversations": conversations, "agent_turns": turns, "handoff_turns": handoffs, "escalate_share": handoffs / max(1, turns)}

@@ -11,9 +11,12 @@ no scenario, and its company perhaps no folder: rules that need them do not appl
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -25,7 +28,9 @@ from schemas.errors import InputError
 from schemas.recorded import OriginRule, OriginVerifyMetrics, Recorded
 from schemas.tables import Rejected, Traces, Verified
 from schemas.traces import Message, RejectReason, Role
-from stages._rules import Rejection, examine
+from stages._chunks import ROWS, Parts, checked_chunks, chunks, on_all_cores, publish
+from stages._examine import Examined, Examiner, line, spoken, words
+from stages._rules import Rejection
 from stages._stage import (
     DataParams,
     Params,
@@ -35,9 +40,8 @@ from stages._stage import (
     say,
     used_companies,
     write_metrics,
-    write_table,
 )
-from stages._turns import escalations, turn_counts
+from stages._turns import with_share
 
 if TYPE_CHECKING:
     import polars as pl
@@ -49,8 +53,7 @@ CALIBRATION = Path("data/verify/calibration.parquet")
 HELD_OUT = Path("data/verify/held_out.parquet")
 REJECTED = Path("data/verify/rejected.parquet")
 METRICS = Path("metrics/verify.json")
-LINE_WORDS = 5
-"""A line of at least this many words that also stands in a held-out company is held-out text; shorter ones are anybody's."""
+PARTS = ("train", "calibration", "held_out")
 
 
 class OneIn(Params):
@@ -93,145 +96,209 @@ def recorded_split(name: str, hands_off: bool, one_in: OneIn) -> str:
 
 
 class Gate:
-    """Passes conversations one by one; remembers what it has kept, for the rules that look across conversations."""
+    """Passes examined conversations one by one; remembers what it has kept, for the rules that look across conversations.
+
+    It holds digests: 90 bytes for every conversation kept and for every line of the held-out companies.
+    """
 
     def __init__(self, companies: dict[str, Company], held_out: Iterable[str]) -> None:
-        self._companies = companies
-        self._scenarios = {(slug, s.id): s for slug, company in companies.items() for s in company.scenarios}
         self._held_out = set(held_out)
         self._held_out_lines = {
-            line for slug in self._held_out & companies.keys() for scenario in companies[slug].scenarios
-            for text in [turn.customer for turn in scenario.turns] + [step.message for step in scenario.steps] if (line := _line(text))}
-        self._kept: set[tuple[str, ...]] = set()
+            found for slug in self._held_out & companies.keys() for scenario in companies[slug].scenarios
+            for text in [turn.customer for turn in scenario.turns] + [step.message for step in scenario.steps] if (found := line(words(text)))}
+        self._kept: set[bytes] = set()
 
-    def check(self, company: str, scenario: str | None, failure: str | None, messages: list[Message]) -> Rejection | None:
-        """Why this conversation is rejected, or None if it is kept."""
-        if failure:
-            return Rejection(RejectReason.INFRASTRUCTURE, failure)
-        if rejection := examine(messages, self._companies.get(company), self._scenarios.get((company, scenario or ""))):
-            return rejection
-        lines = tuple(" ".join(_spoken(message).lower().split()) for message in messages)
-        if company not in self._held_out:
-            for index, line in enumerate(lines):
-                if _line(line) in self._held_out_lines:
-                    return Rejection(RejectReason.HELD_OUT_TEXT, f"stands in a held-out company: {line[:60]!r}", index)
-        if lines in self._kept:
+    def check(self, conversation: Examined, message: Callable[[int], Message]) -> Rejection | None:
+        """Why this conversation is rejected, or None if it is kept; `message` has its messages by index."""
+        if conversation.rejection:
+            return conversation.rejection
+        if conversation.company not in self._held_out:
+            for index, found in enumerate(conversation.lines):
+                if found in self._held_out_lines:
+                    told = message(index)
+                    said = words(spoken(told, parse_action(told.content) if told.role is Role.AGENT else None))
+                    return Rejection(RejectReason.HELD_OUT_TEXT, f"stands in a held-out company: {said[:60]!r}", index)
+        if conversation.spoken in self._kept:
             return Rejection(RejectReason.DUPLICATE, "the same conversation was kept before")
-        self._kept.add(lines)
-        if company in self._held_out:
-            self._held_out_lines.update(filter(None, map(_line, lines)))
+        self._kept.add(conversation.spoken)
+        if conversation.company in self._held_out:
+            self._held_out_lines.update(filter(None, conversation.lines))
         return None
 
 
-def _spoken(message: Message) -> str:
-    """What was said to or by the customer; nothing for tool calls and results, which conversations may share."""
-    if message.role is Role.CUSTOMER:
-        return message.content
-    return parse_action(message.content).message if message.role is Role.AGENT else ""
+Verdict = tuple[Examined, Rejection | None]
 
 
-def _line(text: str) -> str | None:
-    words = text.lower().split()
-    return " ".join(words) if len(words) >= LINE_WORDS else None
+def check_all(traces: pl.LazyFrame, companies: dict[str, Company], gate: Gate, held_out: set[str],
+              rows: int = ROWS) -> Iterator[tuple[bool, pl.DataFrame, list[Verdict]]]:
+    """The table in chunks, each with whether its companies are held out and the verdicts on its conversations.
 
-
-def check_all(traces: pl.DataFrame, gate: Gate, held_out: set[str]) -> dict[str, Rejection | None]:
-    """conversation id -> its rejection or None. Held-out companies go first, so that their text is known when the others come."""
-    verdicts: dict[str, Rejection | None] = {}
-    for of_held_out in (True, False):
-        part = traces.filter(traces["company"].is_in(sorted(held_out)) == of_held_out)
-        for conversation in part.partition_by("conversation_id", maintain_order=True):
-            first = conversation.row(0, named=True)
-            messages = [Message(Role(role), content) for role, content in conversation.select("role", "content").iter_rows()]
-            verdicts[first["conversation_id"]] = gate.check(first["company"], first["scenario"], first["failure"], messages)
-    return verdicts
-
-
-def canonical(role: str, content: str) -> str:
-    """The text that is learnt from: an agent's step in canonical JSON, everything else as it came."""
-    return parse_action(content).to_json() if role == Role.AGENT else content
-
-
-def split_tables(traces: pl.DataFrame, verdicts: dict[str, Rejection | None], companies: dict[str, Company],
-                 held_out: set[str], one_in: OneIn, told: dict[str, str | None]) -> dict[str, pl.DataFrame]:
-    """The kept conversations as `train`, `calibration` and `held_out`, and the `rejected` ones.
-
-    `told` holds the system message of every recorded conversation; it counts where the company has no folder.
+    Held-out companies go first, so that their text is known when the others come.
     """
     import polars as pl
 
-    kinds = {(slug, s.id): s.kind.value for slug, company in companies.items() for s in company.scenarios}
-    splits = {(slug, scenario): where for slug, company in companies.items() if slug not in held_out
-              for scenario, where in split_of(company, one_in).items()}
-    kept = traces.filter(pl.col("conversation_id").is_in([c for c, rejection in verdicts.items() if rejection is None]))
-    prompts = {slug: system_prompt(company) for slug, company in companies.items()}
-    keys = list(kept.select("company", "scenario").iter_rows())
-    names = kept["conversation_id"].to_list()
-    hands_off = set(escalations(kept).filter(pl.col("escalates") > 0)["conversation_id"])
-    kept = kept.with_columns(
-        pl.Series("content", [canonical(role, content) for role, content in kept.select("role", "content").iter_rows()], dtype=pl.String),
-        pl.Series("system", [prompts.get(company) or recorded_prompt(company, told[name]) for name, (company, _) in zip(names, keys, strict=True)],
-                  dtype=pl.String),
-        pl.Series("kind", [kinds.get(key) for key in keys], dtype=pl.String),
-        pl.Series("split", [
-            "held_out" if key[0] in held_out else splits[key] if key[1] is not None else recorded_split(name, name in hands_off, one_in)
-            for name, key in zip(names, keys, strict=True)], dtype=pl.String))
-    tables = {name: kept.filter(pl.col("split") == name) for name in ("train", "calibration", "held_out")}
-    broken = {c: rejection for c, rejection in verdicts.items() if rejection is not None}
+    for of_held_out in (True, False):
+        theirs = traces.filter(pl.col("company").is_in(sorted(held_out)) == of_held_out)
+        for chunk, examined in on_all_cores(Examiner(companies).chunk, chunks(theirs, rows)):
+            yield of_held_out, chunk, [(one, gate.check(one, partial(_message, chunk, one.first))) for one in examined]
+
+
+def _message(chunk: pl.DataFrame, first: int, index: int) -> Message:
+    return Message(Role(chunk["role"][first + index]), chunk["content"][first + index])
+
+
+class Origins:
+    """What a kept conversation's origin says of it: the part it goes to, its kind, the system prompt.
+
+    Args:
+        companies: those that have a folder.
+        held_out: never trained on.
+        one_in: how much goes to calibration.
+        told: the system message of every recorded conversation; it counts where the company has no folder.
+    """
+
+    def __init__(self, companies: dict[str, Company], held_out: set[str], one_in: OneIn, told: dict[str, str | None]) -> None:
+        self._held_out, self._one_in, self._told = held_out, one_in, told
+        self._prompts = {slug: system_prompt(company) for slug, company in companies.items()}
+        self._kinds = {(slug, s.id): s.kind.value for slug, company in companies.items() for s in company.scenarios}
+        self._splits = {(slug, scenario): where for slug, company in companies.items() if slug not in held_out
+                        for scenario, where in split_of(company, one_in).items()}
+
+    def part(self, kept: Examined) -> str:
+        """One of PARTS."""
+        if kept.company in self._held_out:
+            return "held_out"
+        if kept.scenario is not None:
+            return self._splits[kept.company, kept.scenario]
+        return recorded_split(kept.name, kept.handoffs > 0, self._one_in)
+
+    def kind(self, kept: Examined) -> str | None:
+        """The scenario's, if there is one."""
+        return self._kinds.get((kept.company, kept.scenario or ""))
+
+    def prompt(self, kept: Examined) -> str:
+        """The standing instructions."""
+        return self._prompts.get(kept.company) or recorded_prompt(kept.company, self._told[kept.name])
+
+
+def split_tables(chunk: pl.DataFrame, verdicts: list[Verdict], origins: Origins) -> dict[str, pl.DataFrame]:
+    """The kept conversations as `train`, `calibration` and `held_out`, the agent's steps in canonical JSON, and the `rejected` ones."""
+    import polars as pl
+
+    canonical = {one.first + index: text for one, _ in verdicts for index, text in one.canonical.items()}
+    said = pl.DataFrame({"row": canonical.keys(), "canonical": canonical.values()}, schema={"row": pl.UInt32, "canonical": pl.String})
+    kept = pl.DataFrame(
+        [(one.name, origins.part(one), origins.kind(one), origins.prompt(one)) for one, rejection in verdicts if rejection is None], orient="row",
+        schema={"conversation_id": pl.String, "part": pl.String, "kind": pl.String, "system": pl.String})
     why = pl.DataFrame(
-        [(name, rejection.reason.value, rejection.detail, rejection.index) for name, rejection in broken.items()], orient="row",
+        [(one.name, rejection.reason.value, rejection.detail, rejection.index) for one, rejection in verdicts if rejection], orient="row",
         schema={"conversation_id": pl.String, "reject_reason": pl.String, "reject_detail": pl.String, "reject_index": pl.Int64})
-    tables["rejected"] = traces.join(why, on="conversation_id", how="inner", maintain_order="left")
-    return tables
+    learnt = (chunk.with_row_index("row").join(kept, on="conversation_id", how="inner", maintain_order="left")
+              .join(said, on="row", how="left", maintain_order="left").with_columns(content=pl.coalesce("canonical", "content")))
+    return {**{part: learnt.filter(pl.col("part") == part) for part in PARTS},
+            "rejected": chunk.join(why, on="conversation_id", how="inner", maintain_order="left")}
 
 
-def not_applicable(traces: pl.DataFrame, companies: dict[str, Company]) -> dict[str, int]:
-    """How many conversations each rule had nothing to go by for: such a conversation passes it unexamined."""
-    origins = traces.unique("conversation_id")
-    foreign = int((~origins["company"].is_in(list(companies))).sum())
-    return {OriginRule.TICKET_CATEGORY.value: foreign, OriginRule.FACTS.value: foreign,
-            OriginRule.OUTCOME.value: origins["scenario"].null_count()}
+class Tally:
+    """What the metrics count."""
+
+    def __init__(self) -> None:
+        self.conversations = 0
+        self.reasons: Counter[str] = Counter()
+        self._not_applicable = dict.fromkeys((rule.value for rule in OriginRule), 0)
+        self._played: set[tuple[str, str]] = set()
+        self._kept: set[tuple[str, str]] = set()
+        self._sums = {part: Counter[str]() for part in PARTS}
+        self._companies: set[str] = set()
+
+    def add(self, verdicts: list[Verdict], origins: Origins, companies: Collection[str]) -> None:
+        """Count a chunk's conversations. A rule that has nothing to go by for one passes it unexamined: that is counted too."""
+        for one, rejection in verdicts:
+            self.conversations += 1
+            if one.company not in companies:
+                self._not_applicable[OriginRule.TICKET_CATEGORY.value] += 1
+                self._not_applicable[OriginRule.FACTS.value] += 1
+            if one.scenario is None:
+                self._not_applicable[OriginRule.OUTCOME.value] += 1
+            else:
+                self._played.add((one.company, one.scenario))
+            if rejection:
+                self.reasons[rejection.reason.value] += 1
+                continue
+            if one.scenario is not None:
+                self._kept.add((one.company, one.scenario))
+            self._companies.add(one.company)
+            self._sums[origins.part(one)].update(conversations=1, turns=one.turns, handoffs=one.handoffs)
+
+    def metrics(self, teacher: str) -> dict[str, Any]:
+        """As `metrics/verify.json` has them."""
+        rejected = self.reasons.total()
+        return {
+            "teacher": teacher, "in": self.conversations, "kept": self.conversations - rejected, "rejected": rejected,
+            "reasons": {reason.value: self.reasons[reason.value] for reason in RejectReason},
+            "scenarios_without_a_kept_conversation": len(self._played - self._kept), "not_applicable": self._not_applicable,
+            **{part: with_share(sums["conversations"], sums["turns"], sums["handoffs"]) for part, sums in self._sums.items()}}
+
+    def kept_companies(self) -> set[str]:
+        """Those of which a conversation that was played or recorded is kept."""
+        return self._companies
+
+    def count(self, part: str) -> int:
+        """Conversations kept in a part."""
+        return self._sums[part]["conversations"]
+
+
+def system_messages(recorded: set[str]) -> dict[str, str | None]:
+    """conversation id -> the log's system message, for all recorded conversations; each text once, however many share it.
+
+    Raises:
+        InputError: one of them is not on record.
+    """
+    told = {name: system and sys.intern(system) for name, system in read_table(RECORDED, Recorded).select("conversation_id", "system").iter_rows()}
+    if missing := sorted(recorded - told.keys()):
+        raise InputError(f"{RECORDED} does not know the conversation {missing[0]} of {TRACES}", "dvc repro --force teacher_gen")
+    return told
 
 
 def main() -> None:
+    import polars as pl
+
     params = load_params("verify", VerifyParams)
     data = load_params("data", DataParams)
-    traces = read_table(TRACES, Traces)
-    recorded = traces.filter(traces["scenario"].is_null())
-    companies, held_out = used_companies(data, set(recorded["company"])), set(data.held_out)
+    recorded, origin, teachers = set[str](), dict[tuple[str, str | None], None](), set[str]()
+    for chunk in checked_chunks(TRACES, Traces):
+        recorded.update(chunk.filter(pl.col("scenario").is_null())["conversation_id"])
+        origin.update(dict.fromkeys(chunk.select("company", "scenario").unique(maintain_order=True).iter_rows()))
+        teachers.update(chunk["teacher"])
+    companies, held_out = used_companies(data, {company for company, scenario in origin if scenario is None}), set(data.held_out)
     known = {(slug, scenario.id) for slug, company in companies.items() for scenario in company.scenarios}
-    for key in traces.select("company", "scenario").unique(maintain_order=True).iter_rows():
-        if key[1] is not None and key not in known:
-            raise InputError(f"{TRACES} holds scenario '{key[1]}' of '{key[0]}', which data/companies does not",
+    for company, name in origin:
+        if name is not None and (company, name) not in known:
+            raise InputError(f"{TRACES} holds scenario '{name}' of '{company}', which data/companies does not",
                              "the traces are older than the scenarios: dvc repro teacher_gen")
-    told = dict(read_table(RECORDED, Recorded).select("conversation_id", "system").iter_rows()) if len(recorded) else {}
-    if missing := sorted(set(recorded["conversation_id"]) - told.keys()):
-        raise InputError(f"{RECORDED} does not know the conversation {missing[0]} of {TRACES}", "dvc repro --force teacher_gen")
-    verdicts = check_all(traces, Gate(companies, held_out), held_out)
-    tables = split_tables(traces, verdicts, companies, held_out, params.calibration_one_in, told)
-    reasons = Counter(rejection.reason.value for rejection in verdicts.values() if rejection)
-    worst = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
-    for name, what in (("train", "train"), ("held_out", "measure")):
-        if len(recorded) and tables[name].is_empty():
-            raise InputError(f"of {len(verdicts)} recorded conversations none is left to {what} on; rejected: {worst or 'none'}",
-                             "more logs, or what the mapping may leave out; README, 'Use your own logs'")
-    for path, name, schema in ((TRAIN, "train", Verified), (CALIBRATION, "calibration", Verified),
-                               (HELD_OUT, "held_out", Verified), (REJECTED, "rejected", Rejected)):
-        write_table(path, tables[name], schema)
-
-    played = verdicts.keys() - set(recorded["conversation_id"])
-    kept_scenarios = {conversation.rsplit("/", 1)[0] for conversation in played if verdicts[conversation] is None}
-    all_scenarios = {conversation.rsplit("/", 1)[0] for conversation in played}
-    metrics: dict[str, Any] = {
-        "teacher": sorted(traces["teacher"].unique())[0],
-        "in": len(verdicts), "kept": len(verdicts) - reasons.total(), "rejected": reasons.total(),
-        "reasons": {reason.value: reasons[reason.value] for reason in RejectReason},
-        "scenarios_without_a_kept_conversation": len(all_scenarios - kept_scenarios),
-        "not_applicable": not_applicable(traces, companies),
-        **{name: turn_counts(escalations(tables[name])) for name in ("train", "calibration", "held_out")}}
+    origins = Origins(companies, held_out, params.calibration_one_in, system_messages(recorded) if recorded else {})
+    tally, gate = Tally(), Gate(companies, held_out)
+    with TemporaryDirectory() as folder:
+        parts = {name: Parts(Path(folder) / name, Verified) for name in PARTS}
+        rejected = {held: Parts(Path(folder) / f"rejected_{held}", Rejected, "place") for held in (True, False)}
+        for of_held_out, chunk, verdicts in check_all(pl.scan_parquet(TRACES).with_row_index("place"), companies, gate, held_out):
+            tally.add(verdicts, origins, companies)
+            tables = split_tables(chunk, verdicts, origins)
+            rejected[of_held_out].add(tables["rejected"])
+            for name, table in parts.items():
+                table.add(tables[name])
+        worst = ", ".join(f"{reason} {count}" for reason, count in tally.reasons.most_common(3))
+        for name, what in (("train", "train"), ("held_out", "measure")):
+            if recorded and not tally.count(name):
+                raise InputError(f"of {tally.conversations} recorded conversations none is left to {what} on; rejected: {worst or 'none'}",
+                                 "more logs, or what the mapping may leave out; README, 'Use your own logs'")
+        for path, name in ((TRAIN, "train"), (CALIBRATION, "calibration"), (HELD_OUT, "held_out")):
+            publish(path, parts[name].scan())
+        publish(REJECTED, rejected[True].scan().merge_sorted(rejected[False].scan(), "place").drop("place"))
+    metrics = tally.metrics(min(teachers))
     write_metrics(METRICS, metrics, OriginVerifyMetrics)
     say(f"verify: {metrics['in']} in, {metrics['kept']} kept, {metrics['rejected']} rejected ({worst or 'none'})")
-    for company in sorted(held_out - set(tables["held_out"]["company"])):
+    for company in sorted(held_out - tally.kept_companies()):
         say(f"warning: {company} is held out and none of its conversations was kept: the results have no row for it")
 
 

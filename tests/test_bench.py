@@ -18,7 +18,8 @@ from bench import repro, tables
 from bench._copies import many_scenarios
 from bench._flop import READ_BY_OTHERS, _linear, linear_flop
 from bench._measure import RESULTS, ProcessFailed, add_result, ratio, read_results, this_machine, watch
-from bench._traces import grow
+from bench._traces import TICKET, grow
+from schemas.action import parse_action
 from schemas.bench import BenchMetrics, Machine, TablesPart
 from schemas.company import Kind
 from schemas.errors import InputError
@@ -116,6 +117,25 @@ def test_copies_of_traces_are_whole_and_no_duplicates():
     lengths = dict(base.group_by("scenario").len().iter_rows())
     assert 5 <= (part["role"] == "agent").sum() < per_copy
     assert all(lengths[name] == length for name, length in part.group_by("scenario").len().iter_rows())
+
+
+def test_no_two_copies_share_what_customer_and_agent_write():
+    base = real_traces()
+    grown = grow(base, 3 * int((base["role"] == "agent").sum()))
+    written = pl.col("role").is_in(["customer", "agent"]) | pl.col("content").str.contains(TICKET)
+    same = {name: table.filter(written).group_by("content").len()["len"].sort().to_list() for name, table in (("base", base), ("grown", grown))}
+    assert same["grown"] == sorted(3 * same["base"])
+    steps = grown.filter(pl.col("role") == "agent")["content"]
+    words = ["", "qc ", "qd "]
+    assert [parse_action(text).thought for text in steps] == [
+        word + parse_action(text).thought for word in words for text in base.filter(pl.col("role") == "agent")["content"]]
+
+
+def test_a_process_that_starts_others_is_watched_with_them(tmp_path):
+    held = "import time; x = bytearray(100 * 2**20); time.sleep(2)"
+    (tmp_path / "work.py").write_text(f"import subprocess, sys\nfor p in [subprocess.Popen([sys.executable, '-c', {held!r}]) for _ in range(2)]: p.wait()")
+    process, _ = watch("work", cwd=tmp_path, limit_s=60)
+    assert process.peak_mb > 220
 
 
 def test_tables_are_measured_through_the_stages(space):

@@ -105,3 +105,9 @@ def test_a_message_may_state_what_its_sources_have(source, message, missing):
 
 def test_facts_may_come_from_several_sources():
     assert unsupported("5 tins for £12.", ["five tins", "they are £12"]) is None
+
+
+@pytest.mark.parametrize("message", ["It takes 5 ſec.", "It takes 30 mın.", "On ſep 3.", "At mıdday."])
+def test_letters_that_only_ignoring_case_makes_alike_are_read_as_those(message):
+    assert unsupported(message, ["5 sec, 30 min, 3 September, midday"]) is None
+    assert unsupported("Within 7 ſec.", ["30 mın"]) == "the number 7 sec"

@@ -1,6 +1,8 @@
 """Conversations that hand off are repeated whole, everything else stays as it was."""
 
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import polars as pl
 import pytest
@@ -26,8 +28,10 @@ def table():
     return verified(CONVERSATIONS)
 
 
-def repeated(table, factor, seed=1):
-    return oversample.repeat(table, escalations(table), factor, seed)
+def repeated(table, factor, seed=1, at_once=oversample.CONVERSATIONS):
+    order = oversample.shuffled(escalations(table), factor, seed)
+    with TemporaryDirectory() as folder:
+        return pl.concat(oversample.repeat(table.lazy(), order, Path(folder) / "near", at_once))
 
 
 def order(table):
@@ -56,6 +60,11 @@ def test_every_copy_is_whole_and_its_rows_stand_together_in_order(table, factor)
     for copy in many.partition_by("conversation_id", maintain_order=True):
         original = table.filter(pl.col("conversation_id") == copy["scenario"][0]).drop("conversation_id")
         assert_frame_equal(copy.select(original.columns), original)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 22])
+def test_how_many_are_ordered_at_once_makes_no_difference(table, at_once):
+    assert_frame_equal(repeated(table, 4, at_once=at_once), repeated(table, 4))
 
 
 def test_the_order_is_shuffled_and_depends_on_the_seed_alone(table):

@@ -6,14 +6,16 @@ from collections import Counter
 import polars as pl
 import pytest
 
-from schemas.action import parse_action
+from schemas.action import make_action, parse_action
 from schemas.company import Kind, load_company
 from schemas.tables import Rejected, Traces, Verified
 from schemas.traces import Message, RejectReason, Role
 from stages import verify
+from stages._chunks import ROWS
+from stages._examine import Examiner, _is_canonical
 from stages._rules import MAX_MESSAGE_WORDS, MAX_STEPS, RULES, Case, examine
 from stages._stage import load_params, read_table, write_table
-from stages.verify import Gate, VerifyParams, check_all, split_of, split_tables
+from stages.verify import Gate, Origins, VerifyParams, check_all, split_of, split_tables
 from tests.helpers import HELD_OUT, ROOT, SLUGS, agent, customer, inside, played, real, scenario_of, tool, traces, workspace
 
 R = RejectReason
@@ -55,6 +57,23 @@ BROKEN = {
 }
 
 
+class Both(Gate):
+    """A gate that examines what it checks."""
+
+    def __init__(self, companies, held_out):
+        super().__init__(companies, held_out)
+        self.companies = companies
+
+    def verdict(self, company, scenario, failure, messages):
+        return self.check(Examiner(self.companies).conversation("c", company, scenario, failure, messages), messages.__getitem__)
+
+
+def checked(table, companies, held_out, rows=ROWS, gate=None):
+    """conversation id -> its verdict."""
+    gate = gate or Gate(companies, held_out)
+    return {one.name: rejection for _, _, verdicts in check_all(table.lazy(), companies, gate, set(held_out), rows) for one, rejection in verdicts}
+
+
 @pytest.fixture
 def teashop(company_folder):
     return load_company("teashop", company_folder.parent)
@@ -66,7 +85,7 @@ def gate(teashop):
     first, *others = travel.scenarios
     turn = first.turns[0].model_copy(update={"customer": TRAVEL_LINE})
     first = first.model_copy(update={"turns": [turn, *first.turns[1:]]})
-    return Gate({"teashop": teashop, "travel": travel.model_copy(update={"scenarios": [first, *others]})}, ["travel"])
+    return Both({"teashop": teashop, "travel": travel.model_copy(update={"scenarios": [first, *others]})}, ["travel"])
 
 
 def all_reasons(messages, company, scenario):
@@ -77,7 +96,7 @@ def all_reasons(messages, company, scenario):
 
 @pytest.mark.parametrize("name", [TEA, STRANGER, PASSWORD])
 def test_the_unchanged_conversation_is_kept(gate, teashop, name):
-    assert gate.check("teashop", name, None, played(teashop, scenario_of(teashop, name))) is None
+    assert gate.verdict("teashop", name, None, played(teashop, scenario_of(teashop, name))) is None
 
 
 @pytest.mark.parametrize("reason", BROKEN, ids=str)
@@ -86,7 +105,7 @@ def test_one_change_breaks_one_rule(gate, teashop, reason):
     scenario = scenario_of(teashop, name)
     messages = change(played(teashop, scenario))
     assert messages != played(teashop, scenario)
-    assert gate.check("teashop", name, None, messages).reason is reason
+    assert gate.verdict("teashop", name, None, messages).reason is reason
     if reason not in (R.NOT_ONE_JSON_OBJECT, R.UNKNOWN_ACTION, R.BAD_MESSAGE):
         assert all_reasons(messages, teashop, scenario) == ({reason} - {R.HELD_OUT_TEXT})
 
@@ -94,13 +113,13 @@ def test_one_change_breaks_one_rule(gate, teashop, reason):
 def test_a_second_copy_is_a_duplicate_whatever_the_agent_thought(gate, teashop):
     messages = played(teashop, scenario_of(teashop, STRANGER))
     other = reworded(3, lambda text: text.replace("She sent nothing", "Nothing was sent"))(messages)
-    assert gate.check("teashop", STRANGER, None, messages) is None and other != messages
-    assert gate.check("teashop", STRANGER, None, other).reason is R.DUPLICATE
+    assert gate.verdict("teashop", STRANGER, None, messages) is None and other != messages
+    assert gate.verdict("teashop", STRANGER, None, other).reason is R.DUPLICATE
 
 
 def test_an_endpoint_that_gave_up_is_no_fault_of_the_agent(gate, teashop):
     messages = BROKEN[R.NOT_ONE_JSON_OBJECT][1](played(teashop, scenario_of(teashop, TEA)))
-    assert gate.check("teashop", TEA, "APITimeoutError", messages).reason is R.INFRASTRUCTURE
+    assert gate.verdict("teashop", TEA, "APITimeoutError", messages).reason is R.INFRASTRUCTURE
 
 
 def test_every_reject_reason_is_tested_here():
@@ -146,7 +165,7 @@ def test_a_result_without_a_call_is_rejected(teashop, name, change):
 def test_a_conversation_of_unknown_origin_skips_what_cannot_be_known(teashop, gate, reason):
     name, change = BROKEN[reason]
     messages = change(played(teashop, scenario_of(teashop, name)))
-    assert examine(messages, None, None) is None and gate.check("nobodys", None, None, messages) is None
+    assert examine(messages, None, None) is None and gate.verdict("nobodys", None, None, messages) is None
     needs_scenario = reason not in (R.BAD_ARGS, R.UNSUPPORTED_FACT)
     assert (examine(messages, teashop, None) is None) is needs_scenario
 
@@ -156,15 +175,15 @@ def test_a_conversation_of_unknown_origin_skips_what_cannot_be_known(teashop, ga
     ([customer(f" {TRAVEL_LINE.upper()}\n"), agent("reply", "No.")], False),
     ([customer("Is the ferry included?"), agent("reply", "Yes.")], True)], ids=["what was held", "what was written", "four words are anybody's"])
 def test_a_held_out_line_is_refused_to_training_and_kept_for_itself(gate, messages, kept):
-    assert gate.check("travel", None, None, [customer("Is the ferry included?"), agent("reply", FERRY)]) is None
-    rejection = gate.check("teashop", None, None, messages)
+    assert gate.verdict("travel", None, None, [customer("Is the ferry included?"), agent("reply", FERRY)]) is None
+    rejection = gate.verdict("teashop", None, None, messages)
     assert rejection is None if kept else rejection.reason is R.HELD_OUT_TEXT
-    assert gate.check("travel", None, None, [*messages[:1], agent("reply", "For others to say.")]) is None
+    assert gate.verdict("travel", None, None, [*messages[:1], agent("reply", "For others to say.")]) is None
 
 
 def test_what_was_held_is_known_before_training_companies_are_looked_at(gate):
     messages = [customer("the ferry?"), agent("reply", FERRY)]
-    verdicts = check_all(traces(("teashop", "new", 0, messages), ("travel", "new", 0, messages)), gate, {"travel"})
+    verdicts = checked(traces(("teashop", "new", 0, messages), ("travel", "new", 0, messages)), gate.companies, {"travel"}, gate=gate)
     assert verdicts["travel/new/0"] is None and verdicts["teashop/new/0"].reason is R.HELD_OUT_TEXT
 
 
@@ -172,15 +191,21 @@ def test_a_line_of_a_real_held_out_company_is_refused_to_a_gym_conversation():
     gym, line = real("gym"), next(s.turns[0].customer for s in real("travel").scenarios if len(s.turns[0].customer.split()) >= 5)
     scenario = next(s for s in gym.scenarios if s.kind is Kind.ORDINARY)
     messages = played(gym, scenario)
-    verdict = [Gate({slug: real(slug) for slug in SLUGS}, HELD_OUT).check("gym", scenario.id, None, held)
+    verdict = [Both({slug: real(slug) for slug in SLUGS}, HELD_OUT).verdict("gym", scenario.id, None, held)
                for held in (messages, [*messages, customer(line), agent("reply", "That is for others to say.")])]
     assert verdict[0] is None and (verdict[1].reason, verdict[1].index) == (R.HELD_OUT_TEXT, len(messages))
 
 
-def test_an_agents_step_is_learnt_in_canonical_json():
+def test_an_agents_step_is_learnt_in_canonical_json_and_rejected_as_it_came(teashop):
     text = '<think>hm</think>\n```json\n{"message": "Grüße", "args": {}, "action": "reply",\n "thought": "ok"}\n```'
-    assert verify.canonical("agent", text) == '{"thought": "ok", "action": "reply", "args": {}, "message": "Grüße"}'
-    assert verify.canonical("customer", text) == text == verify.canonical("tool", text)
+    asked = [customer(text), Message(Role.AGENT, text)]
+    table = traces(("teashop", PASSWORD, 0, asked), ("teashop", PASSWORD, 1, asked))
+    companies = {"teashop": teashop}
+    (_, _, _), (_, chunk, verdicts) = check_all(table.lazy(), companies, Gate(companies, []), set())
+    tables = split_tables(chunk, verdicts, Origins(companies, set(), ONE_IN, {}))
+    kept, = (table for name, table in tables.items() if name != "rejected" and len(table))
+    assert kept["content"].to_list() == [text, '{"thought": "ok", "action": "reply", "args": {}, "message": "Grüße"}']
+    assert tables["rejected"]["content"].to_list() == [text, text] and set(tables["rejected"]["reject_reason"]) == {"duplicate"}
 
 
 @pytest.mark.parametrize("slug", TRAINING)
@@ -224,8 +249,10 @@ def test_in_equals_kept_plus_rejected(tmp_path, capsys):
 def test_nothing_of_a_held_out_company_is_trained_or_calibrated_on():
     companies = {slug: real(slug) for slug in SLUGS}
     table = traces(*[(slug, scenario.id, 0, played(company, scenario)) for slug, company in companies.items() for scenario in company.scenarios])
-    verdicts = check_all(table, Gate(companies, HELD_OUT), set(HELD_OUT))
-    tables = split_tables(table, verdicts, companies, set(HELD_OUT), ONE_IN, {})
+    verdicts, held_out = checked(table, companies, HELD_OUT), set(HELD_OUT)
+    origins = Origins(companies, held_out, ONE_IN, {})
+    parts = [split_tables(chunk, found, origins) for _, chunk, found in check_all(table.lazy(), companies, Gate(companies, held_out), held_out)]
+    tables = {name: pl.concat([part[name] for part in parts]) for name in parts[0]}
     assert set(tables["held_out"]["company"]) == set(HELD_OUT)
     spoken = {name: {" ".join(text.lower().split()) for role, content in tables[name].select("role", "content").iter_rows() if role != "tool"
                      for text in [parse_action(content).message if role == "agent" else content]} for name in ("train", "calibration", "held_out")}
@@ -234,3 +261,41 @@ def test_nothing_of_a_held_out_company_is_trained_or_calibrated_on():
         assert not {line for line in spoken[name] & spoken["held_out"] if len(line.split()) >= 5}
     assert not set(tables["train"]["conversation_id"]) & set(tables["calibration"]["conversation_id"])
     assert sum(t["conversation_id"].n_unique() for t in tables.values()) == len(verdicts) == sum(len(c.scenarios) for c in companies.values())
+
+
+@pytest.mark.parametrize("text", [
+    "plain", "Grüße “ß”", 'a "quote" and a \\ backslash', "line\nbreak\ttab", "\x1f\x7f\u2028", "😀", "<|im_end|>", ""])
+def test_a_step_is_known_as_canonical_exactly_where_it_is(text):
+    for action, args, message in (("reply", {}, f"{text}."), ("search_kb", {"query": f"{text}?"}, ""), ("escalate", {"reason": "legal"}, f"{text}!"),
+                                  ("create_ticket", {"category": "refunds", "summary": f"{text}-"}, "")):
+        step = make_action(text, action, args, message)
+        assert _is_canonical(step.to_json(), step)
+        assert not _is_canonical(json.dumps(json.loads(step.to_json())).replace(", ", ","), step)
+
+
+def written(folder):
+    return {path.name: path.read_bytes() for path in (verify.TRAIN, verify.CALIBRATION, verify.HELD_OUT, verify.REJECTED, verify.METRICS)}
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_the_chunks_make_no_difference(tmp_path, rows, monkeypatch):
+    """Duplicates and held-out text are found across chunks, the held-out company standing last; rejected rows keep the table's order."""
+    monkeypatch.setattr("stages._chunks.os.sched_getaffinity", lambda _: {0}, raising=False)
+    gym, travel = ([s for s in real(slug).scenarios if s.kind is Kind.ORDINARY][:12] for slug in ("gym", "travel"))
+    line = [customer("Where is it?"), agent("reply", FERRY)]
+    gyms, travels = ([(slug, s.id, 0, played(real(slug), s)) for s in scenarios] for slug, scenarios in (("gym", gym), ("travel", travel)))
+    table = traces(*gyms[:6], ("gym", gym[0].id, 1, line), *gyms[6:], ("gym", gym[0].id, 2, gyms[0][3]), ("travel", travel[0].id, 1, line),
+                   ("travel", travel[0].id, 2, line), ("gym", gym[1].id, 2, gyms[1][3]), *travels)
+    workspace(tmp_path)
+    with inside(tmp_path):
+        write_table(verify.TRACES, table, Traces)
+        verify.main()
+        whole = written(tmp_path)
+        monkeypatch.setattr(verify.check_all, "__defaults__", (rows,))
+        verify.main()
+        tables = written(tmp_path)
+        rejected = read_table(verify.REJECTED, Rejected)
+    assert tables == whole
+    assert Counter(rejected.filter(pl.col("index") == 0)["reject_reason"]) == {"held_out_text": 1, "duplicate": 3}
+    order = table["conversation_id"].unique(maintain_order=True).to_list()
+    assert sorted(rejected["conversation_id"].unique(), key=order.index) == rejected["conversation_id"].unique(maintain_order=True).to_list()

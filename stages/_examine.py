@@ -1,0 +1,98 @@
+"""What can be said of conversations one by one, in any process: the rules each breaks, its steps in canonical JSON, what was said in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from schemas.action import Action, ActionName
+from schemas.company import Company
+from schemas.traces import Message, RejectReason, Role
+from stages._chunks import digest
+from stages._rules import Case, Rejection, first_broken, read_steps
+
+if TYPE_CHECKING:
+    import polars as pl
+
+LINE_WORDS = 5
+"""A line of at least this many words that also stands in a held-out company is held-out text; shorter ones are anybody's."""
+_ROLES = {role.value: role for role in Role}
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """One conversation, as far as it can be judged by itself.
+
+    Texts are held as digests, so that many conversations take little memory; all of them are empty where the conversation is rejected.
+    """
+
+    name: str
+    company: str
+    scenario: str | None
+    first: int
+    """The row of the chunk that it begins in."""
+    rejection: Rejection | None
+    canonical: dict[int, str] = field(default_factory=dict)
+    """The agent's messages that are no canonical JSON, as such, by message index."""
+    lines: tuple[bytes | None, ...] = ()
+    """The digest of every message's line, None where it has none."""
+    spoken: bytes = b""
+    """The digest of all that customer and agent said to each other."""
+    turns: int = 0
+    handoffs: int = 0
+
+
+class Examiner:
+    """Knows what conversations are examined by; goes to other processes."""
+
+    def __init__(self, companies: dict[str, Company]) -> None:
+        self._companies = companies
+        self._scenarios = {(slug, s.id): s for slug, company in companies.items() for s in company.scenarios}
+
+    def chunk(self, chunk: pl.DataFrame) -> list[Examined]:
+        """All conversations of a table, in order."""
+        firsts = (chunk["index"] == 0).arg_true()
+        begins = chunk[firsts].select("conversation_id", "company", "scenario", "failure").iter_rows()
+        messages = [Message(_ROLES[role], content) for role, content in chunk.select("role", "content").iter_rows()]
+        bounds = pairwise([*firsts, len(chunk)])
+        return [self.conversation(name, company, scenario, failure, messages[first:end], first)
+                for (name, company, scenario, failure), (first, end) in zip(begins, bounds, strict=True)]
+
+    def conversation(self, name: str, company: str, scenario: str | None, failure: str | None, messages: list[Message], first: int = 0) -> Examined:
+        """One conversation; `failure` is why the endpoint gave up on it."""
+        if failure:
+            return Examined(name, company, scenario, first, Rejection(RejectReason.INFRASTRUCTURE, failure))
+        steps = read_steps(messages)
+        rejection = steps if isinstance(steps, Rejection) else first_broken(
+            Case(messages, steps, self._companies.get(company), self._scenarios.get((company, scenario or ""))))
+        if rejection or isinstance(steps, Rejection):
+            return Examined(name, company, scenario, first, rejection)
+        said = [words(spoken(message, steps.get(index))) for index, message in enumerate(messages)]
+        return Examined(
+            name, company, scenario, first, None,
+            {index: step.to_json() for index, step in steps.items() if not _is_canonical(messages[index].content, step)},
+            tuple(map(line, said)), digest("\n".join(said)), len(steps), sum(step.action is ActionName.ESCALATE for step in steps.values()))
+
+
+def _is_canonical(text: str, step: Action) -> bool:
+    """Whether `text` is what `step.to_json()` gives, in an eighth of its time; it may say no where it is."""
+    args = ", ".join(f"{_quoted(key)}: {_quoted(value)}" for key, value in step.args.items())
+    return text == f'{{"thought": {_quoted(step.thought)}, "action": "{step.action}", "args": {{{args}}}, "message": {_quoted(step.message)}}}'
+
+
+def spoken(message: Message, step: Action | None) -> str:
+    """What was said to or by the customer; nothing for tool calls and results, which conversations may share."""
+    return step.message if step else message.content if message.role is Role.CUSTOMER else ""
+
+
+def words(text: str) -> str:
+    """A text as it is compared: in small letters, one space between words."""
+    return " ".join(text.lower().split())
+
+
+def line(said: str) -> bytes | None:
+    """The digest of something said, as `words` has it; None where it is too short to be somebody's."""
+    return digest(said) if said.count(" ") >= LINE_WORDS - 1 else None
