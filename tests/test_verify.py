@@ -246,18 +246,19 @@ def test_in_equals_kept_plus_rejected(tmp_path, capsys):
     assert [parse_action(text).to_json() for text in steps] == steps.to_list(), "canonical, though the first attempts came fenced"
 
 
-def test_nothing_of_a_held_out_company_is_trained_or_calibrated_on():
+@pytest.mark.parametrize("slugs", [HELD_OUT, ["gym"]], ids=" ".join)
+def test_nothing_of_a_held_out_company_is_trained_or_calibrated_on(slugs):
     companies = {slug: real(slug) for slug in SLUGS}
     table = traces(*[(slug, scenario.id, 0, played(company, scenario)) for slug, company in companies.items() for scenario in company.scenarios])
-    verdicts, held_out = checked(table, companies, HELD_OUT), set(HELD_OUT)
+    verdicts, held_out = checked(table, companies, slugs), set(slugs)
     origins = Origins(companies, held_out, ONE_IN, {})
     parts = [split_tables(chunk, found, origins) for _, chunk, found in check_all(table.lazy(), companies, Gate(companies, held_out), held_out)]
     tables = {name: pl.concat([part[name] for part in parts]) for name in parts[0]}
-    assert set(tables["held_out"]["company"]) == set(HELD_OUT)
+    assert set(tables["held_out"]["company"]) == held_out
     spoken = {name: {" ".join(text.lower().split()) for role, content in tables[name].select("role", "content").iter_rows() if role != "tool"
                      for text in [parse_action(content).message if role == "agent" else content]} for name in ("train", "calibration", "held_out")}
     for name in ("train", "calibration"):
-        assert set(tables[name]["company"]) == set(TRAINING)
+        assert set(tables[name]["company"]) == set(SLUGS) - held_out
         assert not {line for line in spoken[name] & spoken["held_out"] if len(line.split()) >= 5}
     assert not set(tables["train"]["conversation_id"]) & set(tables["calibration"]["conversation_id"])
     assert sum(t["conversation_id"].n_unique() for t in tables.values()) == len(verdicts) == sum(len(c.scenarios) for c in companies.values())
