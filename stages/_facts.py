@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
+from typing import NamedTuple
 
 from text_to_num import alpha2digit
 
@@ -68,8 +68,7 @@ _LETTERS = str.maketrans("ſıİ", "sii")
 """What a pattern that ignores case takes for an s or an i, and `lower` does not."""
 
 
-@dataclass(frozen=True)
-class Fact:
+class Fact(NamedTuple):
     """A number as a text uses it.
 
     `kind` is what it measures, `""` for nothing known; `readings` what it may mean, several for a date like 4/3 or a time like 7:30 (morning or
@@ -106,8 +105,9 @@ class Stated:
 
 def unsupported(message: str, sources: list[str]) -> str | None:
     """The first number, date or title in `message` that no source has; None if all are covered."""
+    longest_first = sorted(sources, key=len, reverse=True)  # prompts and articles: they come back, and what they state is remembered
     for fact in _facts(message):
-        if not _is_figure_of_speech(fact) and not any(_stated(source).covers(fact) for source in sources):
+        if not _is_figure_of_speech(fact) and not any(_stated(source).covers(fact) for source in longest_first):
             return f"the {fact.kind if fact.kind in ('date', 'time of day') else 'number'} {fact.text}"
     quotations, articles = list(_QUOTED.finditer(message)), list(_NAMED.finditer(message))
     if not quotations and not articles:

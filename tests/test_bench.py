@@ -133,7 +133,8 @@ def test_no_two_copies_share_what_customer_and_agent_write():
 
 def test_a_process_that_starts_others_is_watched_with_them(tmp_path):
     held = "import time; x = bytearray(100 * 2**20); time.sleep(2)"
-    (tmp_path / "work.py").write_text(f"import subprocess, sys\nfor p in [subprocess.Popen([sys.executable, '-c', {held!r}]) for _ in range(2)]: p.wait()")
+    (tmp_path / "work.py").write_text(
+        f"import subprocess, sys\nfor p in [subprocess.Popen([sys.executable, '-c', {held!r}]) for _ in range(2)]: p.wait()")
     process, _ = watch("work", cwd=tmp_path, limit_s=60)
     assert process.peak_mb > 220
 
