@@ -120,7 +120,7 @@ def test_states_are_computed_once_for_the_same_weights(model, tmp_path, monkeypa
     assert len(files) == 3, "two conversations and the prompt that they share"
     again = LayerStates(base(), 26, tmp_path)
     again.compute(encoded, "the same weights without an adapter")
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")if path.is_file()} == files
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == files
     LayerStates(model, 25, tmp_path).compute(encoded[:1], "another layer")
     assert len(list(tmp_path.rglob("*.safetensors"))) == 5
     weight = base().model.layers[0].mlp.up_proj.weight
