@@ -59,7 +59,7 @@ def test_an_edited_parameter_reruns_what_it_must_and_no_more(param, reached):
     ("stages/oversample.py", {"oversample"} | STUDENT),
     ("agent/endpoint.py", {"teacher_gen", "verify", "oversample", "handoff_score", "predict_base", "yardsticks"} | STUDENT),
     ("agent/decode.py", {"predict_base", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
-    ("agent/prefill.py", {"handoff_score", "predict_base", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
+    ("agent/prefill.py", {"handoff_score", "predict_base"} | STUDENT),  # training reads through it what the layers below the adapter say
     ("stages/_threshold.py", {"calibrate"}),
     ("stages/_bag_of_words.py", {"corpus", "handoff_score", "yardsticks", "eval_exact", "eval_judge", "calibrate"}),
 ])
