@@ -3,8 +3,9 @@
 The conversation's keys and values up to a turn are exactly what the agent is prompted with there. So all turns of a
 conversation are decoded side by side, as branches of one tree: a step feeds the model one token of every branch that
 still runs, whatever conversation it belongs to, and the attention mask lets a branch see its conversation up to its turn and
-its own tokens. When all branches of a conversation have ended, the next conversation takes its place (continuous batching;
-Yu et al. 2022, "Orca").
+its own tokens. What conversations begin with, a company's system prompt, is kept once, and all their branches attend to it in one
+product (Juravsky et al. 2024, "Hydragen"). When all branches of a conversation have ended, the next conversation takes its place
+(continuous batching; Yu et al. 2022, "Orca").
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from agent.encode import Encoded
 from agent.prefill import Prefill
@@ -94,56 +95,108 @@ class _Branch:
     other: str | None = None
 
 
+_Layer = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer: (KV, D, S), as a product with queries takes them, and (KV, S, D)."""
+_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Attention over some of the keys: values summed by weights that are not normalised, (KV, R, D); the weights' sum and the score whose weight is 1."""
+
+
+def _keys_and_values(read: Any, tokens: slice, room: int) -> _Layer:
+    """Some tokens of a layer of a cache, at the beginning of buffers with room for more."""
+    pad = torch.nn.functional.pad
+    return pad(read.keys[0, :, tokens].transpose(1, 2), (0, room)).contiguous(), pad(read.values[0, :, tokens], (0, 0, 0, room))
+
+
+def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> _Part:
+    """Attention of scaled queries, (KV, R, D); `mask`, (R, S), is added to the scores.
+
+    Plain products: for the few rows of a step they take half the time of torch's fused attention.
+    """
+    scores = query @ keys if mask is None else torch.baddbmm(mask, query, keys)
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return weights @ values, weights.sum(dim=-1, keepdim=True), top
+
+
+def _joined(parts: Sequence[_Part], others: Sequence[_Part]) -> torch.Tensor:
+    """Attention over the keys of both, (KV, R, D), each in parts of the rows (online softmax; Milakov and Gimelshein 2018)."""
+    (one, one_sum, one_top), (two, two_sum, two_top) = ((torch.cat(each, dim=1) for each in zip(*side, strict=True)) for side in (parts, others))
+    top = torch.maximum(one_top, two_top)
+    first, second = (one_top - top).exp(), (two_top - top).exp()
+    return (one * first + two * second) / (one_sum * first + two_sum * second)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prefix:
+    """What conversations begin with: the `number`th such beginning, so many tokens, and their keys and values."""
+
+    number: int
+    tokens: int
+    layers: list[_Layer]
+
+
 class _Tree:
-    """One conversation that is being decoded: keys and values of its prompt, then those of its branches' tokens as they come.
+    """One conversation that is being decoded: keys and values behind its prefix, then those of its branches' tokens as they come.
 
     Args:
         number: which conversation.
-        read: the cache that it was read into.
+        prefix: what it begins with.
+        read: the cache that it was read into, prefix and all.
         branches: for every way, one branch a turn.
         room: how many tokens the branches may have together.
     """
 
-    def __init__(self, number: int, read: Any, branches: list[list[_Branch]], room: int) -> None:
-        self.number, self.branches = number, branches
-        self._prompt = self._filled = read.get_seq_length()
-        self._layers = [tuple(_with_room(part[0], room) for part in (layer.keys, layer.values)) for layer in read.layers]
-        # Which branch each token behind the prompt belongs to.
+    def __init__(self, number: int, prefix: _Prefix, read: Any, branches: list[list[_Branch]], room: int) -> None:
+        self.number, self.prefix, self.branches = number, prefix, branches
+        self._read = self._filled = read.get_seq_length() - prefix.tokens
+        self._layers = [_keys_and_values(layer, slice(prefix.tokens, None), room) for layer in read.layers]
+        # Which branch each token behind what was read belongs to.
         self._owner = torch.empty(room, dtype=torch.long)
         self._mask = torch.empty(0)
         self.going: list[_Branch] = []
 
-    def begin_step(self) -> None:
-        """Make room for one more token of every branch that goes on."""
+    def begin_step(self, heads: int) -> None:
+        """Make room for one more token of every branch that goes on; `heads` queries share a head of keys."""
         start, self._filled = self._filled, self._filled + len(self.going)
         names = torch.tensor([id(branch) for branch in self.going])
-        self._owner[start - self._prompt:self._filled - self._prompt] = names
-        before = torch.arange(self._prompt) < torch.tensor([branch.start for branch in self.going])[:, None]
-        self._mask = torch.cat([before, self._owner[:self._filled - self._prompt] == names[:, None]], dim=1)[None, None]
+        self._owner[start - self._read:self._filled - self._read] = names
+        before = torch.arange(self._read) < torch.tensor([branch.start - self.prefix.tokens for branch in self.going])[:, None]
+        seen = torch.cat([before, self._owner[:self._filled - self._read] == names[:, None]], dim=1)
+        self._mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).repeat_interleave(heads, dim=0)
 
-    def attend(self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Attention of the step's tokens, (1, heads, N, D) each, over the conversation and their own branches: (1, N, heads, D)."""
-        keys, values = self._layers[module.layer_idx]
-        keys[:, self._filled - len(self.going):self._filled], values[:, self._filled - len(self.going):self._filled] = key[0], value[0]
-        return sdpa_attention_forward(module, query, keys[None, :, :self._filled], values[None, :, :self._filled], self._mask, **kwargs)[0]
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> _Part:
+        """Attention of the step's tokens over what stands behind the prefix: the conversation up to their turns, and their branches.
 
-
-def _with_room(read: torch.Tensor, room: int) -> torch.Tensor:
-    """Keys or values, (heads, S, D), at the beginning of a buffer of S + room."""
-    buffer = read.new_empty(read.shape[0], read.shape[1] + room, read.shape[2])
-    buffer[:, :read.shape[1]] = read
-    return buffer
+        Args:
+            query: (KV, N x heads, D), scaled.
+            key: (KV, N, D), kept.
+            value: (KV, N, D), kept.
+            layer: counted from 0.
+        """
+        keys, values = self._layers[layer]
+        here = slice(self._filled - len(self.going), self._filled)
+        keys[:, :, here], values[:, here] = key.transpose(1, 2), value
+        return _attend(query, keys[:, :, :self._filled], values[:, :self._filled], self._mask)
 
 
 def _tree_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-                    trees: list[_Tree], **kwargs: Any) -> tuple[torch.Tensor, None]:
+                    trees: list[_Tree], scaling: float | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
     """Attention of tokens that come in one line, (1, heads, N, D), tree by tree, each over its own keys and values.
 
-    All else in the model takes the tokens as they come, so that nothing is computed for padding.
+    All else in the model takes the tokens as they come, so that nothing is computed for padding. Neighbours with the same
+    prefix attend to it in one product.
     """
+    kv, size, layer = key.shape[1], query.shape[-1], module.layer_idx
+    heads = query.shape[1] // kv
+    # Rows by token, then by head, so that a tree's are neighbours.
+    rows = query[0].unflatten(0, (kv, heads)).transpose(1, 2).reshape(kv, -1, size) * (size ** -0.5 if scaling is None else scaling)
     counts = [len(tree.going) for tree in trees]
-    parts = zip(trees, *(states.split(counts, dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([tree.attend(module, *states, **kwargs) for tree, *states in parts], dim=1), None
+    of_trees = zip(rows.split([count * heads for count in counts], dim=1), key[0].split(counts, dim=1), value[0].split(counts, dim=1), strict=True)
+    own = [tree.attend(*states, layer) for tree, states in zip(trees, of_trees, strict=True)]
+    prefixes = [(prefix, sum(len(tree.going) for tree in alike)) for prefix, alike in groupby(trees, key=lambda tree: tree.prefix)]
+    of_prefixes = rows.split([count * heads for _, count in prefixes], dim=1)
+    shared = [_attend(states, *prefix.layers[layer]) for (prefix, _), states in zip(prefixes, of_prefixes, strict=True)]
+    return _joined(own, shared).unflatten(1, (-1, heads)).transpose(0, 1).reshape(1, query.shape[2], -1, size), None
 
 
 AttentionInterface.register("handoff_trees", _tree_attention)
@@ -191,6 +244,7 @@ class TurnDecoder:
     def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, at_once: int) -> None:
         self.model, self.tokenizer, self.max_new_tokens, self.at_once = model, tokenizer, max_new_tokens, at_once
         self._prefill = Prefill(model)
+        self._prefixes: dict[tuple[int, ...], _Prefix] = {}
         self._ends = frozenset(tokenizer.all_special_ids)
         # The first token of every name but `escalate`: what its encoding has beyond the opening alone.
         opening = tokenizer(ACTION_OPENING, add_special_tokens=False).input_ids
@@ -220,9 +274,10 @@ class TurnDecoder:
                 number = waiting.pop()
                 states, cache = self._prefill(conversations[number])
                 branches = [[_Branch(start, way()) for start, _ in conversations[number].spans] for way in ways]
-                trees.append(_Tree(number, cache, branches, sum(map(len, branches)) * self.max_new_tokens))
+                tree = _Tree(number, self._prefix(conversations[number], cache), cache, branches, sum(map(len, branches)) * self.max_new_tokens)
                 logits = self.model.get_output_embeddings()(states).float()
-                trees[-1].going = [branch for of_way in branches for branch, here in zip(of_way, logits, strict=True) if self._goes_on(branch, here)]
+                tree.going = [branch for of_way in branches for branch, here in zip(of_way, logits, strict=True) if self._goes_on(branch, here)]
+                trees = sorted([*trees, tree], key=lambda tree: tree.prefix.number)
             for tree in [tree for tree in trees if not tree.going]:
                 trees.remove(tree)
                 yield tree.number, [[Reply(self.tokenizer.decode(branch.tokens, clean_up_tokenization_spaces=False), branch.other)
@@ -231,6 +286,13 @@ class TurnDecoder:
                 following = iter(self._step(trees))
                 for tree in trees:
                     tree.going = [branch for branch in tree.going if self._goes_on(branch, next(following))]
+
+    def _prefix(self, encoded: Encoded, read: Any) -> _Prefix:
+        """What a conversation that was read begins with; made of the first one that begins so."""
+        ids = tuple(encoded.ids[:encoded.prefix])
+        if ids not in self._prefixes:
+            self._prefixes[ids] = _Prefix(len(self._prefixes), len(ids), [_keys_and_values(layer, slice(len(ids)), 0) for layer in read.layers])
+        return self._prefixes[ids]
 
     def _goes_on(self, branch: _Branch, logits: torch.Tensor) -> bool:
         """Give a branch its next token; whether it needs another one."""
@@ -244,8 +306,9 @@ class TurnDecoder:
 
     def _step(self, trees: list[_Tree]) -> torch.Tensor:
         """Feed the last token of every branch that goes on: the logits of what comes next, (N, V)."""
+        config = self.model.config.get_text_config()
         for tree in trees:
-            tree.begin_step()
+            tree.begin_step(config.num_attention_heads // config.num_key_value_heads)
         going = [branch for tree in trees for branch in tree.going]
         last = torch.tensor([[branch.tokens[-1] for branch in going]])
         positions = torch.tensor([[branch.start + len(branch.tokens) - 1 for branch in going]])

@@ -151,9 +151,9 @@ def parse_action(text: str) -> Action:
     if fenced := _FENCE.match(text):
         text = fenced[1]
     try:
-        data = json.loads(text, object_pairs_hook=_no_repeats)
-        # Half a surrogate pair, escaped, is JSON but no text that could be stored or sent.
-        json.dumps(data, ensure_ascii=False).encode()
+        data = _DECODER.decode(text)
+        # Half a surrogate pair, escaped or not, is JSON but no text that could be stored or sent.
+        (json.dumps(data, ensure_ascii=False) if "\\u" in text else text).encode()
     except (ValueError, RecursionError) as error:
         raise ActionError(ActionFault.NOT_ONE_JSON_OBJECT, str(error)) from None
     if not isinstance(data, dict):
@@ -177,6 +177,9 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(data) != len(pairs):
         raise ValueError("a key occurs twice")
     return data
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_repeats)
 
 
 def action_json_schema(ticket_categories: list[str] | None = None, bounded: bool = False) -> dict[str, Any]:

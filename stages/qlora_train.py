@@ -3,13 +3,14 @@
 Reads   data/oversample/train.parquet
 Writes  models/qlora_train/ (the adapter), metrics/qlora_train.json, metrics/qlora_train/ (the loss curve)
 
-NF4 with double quantisation (bitsandbytes), LoRA (peft), TRL's SFTTrainer. A batch holds conversations of one company in
-one line behind their common system prompt, without padding; the language-model head runs at supervised positions only,
-a few at a time. What enters the first layer with an adapter never changes: it is computed once and kept under `.cache/states`
-(4 bytes x hidden size a token), for every epoch, seed and factor, and for the hand-off score. A conversation that stands in
-the table several times is read once an epoch and weighs as much as all its copies: the gradient of a batch that holds them
-all. A killed run goes on from its last whole checkpoint, kept outside every DVC output, and reports what it would have
-reported unharmed; only the run time in metrics/qlora_train/metrics.json and the tok/s are those of its last part.
+NF4 with double quantisation (bitsandbytes), LoRA (peft), TRL's SFTTrainer. A batch holds conversations of one company in one
+line behind their common system prompt, without padding; the language-model head runs at supervised positions only, a few at a
+time; the adapter is added to the unpacked weights once a step. What enters the first layer with an adapter never changes: it is
+computed once and kept under `.cache/states` (4 bytes x hidden size a token), for every epoch, seed and factor, and for the
+hand-off score. A conversation that stands in the table several times is read once an epoch and weighs as much as all its
+copies: the gradient of a batch that holds them all. A killed run goes on from its last whole checkpoint, kept outside every DVC
+output, and reports what it would have reported unharmed; only the run time in metrics/qlora_train/metrics.json and the tok/s
+are those of its last part.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pydantic import Field
 
 from agent.encode import Encoded, Encoder
 from agent.layer_states import LayerStates
+from agent.merged_lora import merged_lora
 from agent.packing import entering, read_packed
 from agent.paths import CACHE
 from agent.student import (
@@ -208,7 +210,8 @@ def make_trainer(
 
     class AgentTurnTrainer(SFTTrainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            return supervised_nll(model, inputs, collator.share) / per_step
+            with merged_lora(model):
+                return supervised_nll(model, inputs, collator.share) / per_step
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             if "train_loss" in logs:

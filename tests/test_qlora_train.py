@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from agent.layer_states import LayerStates
+from agent.merged_lora import merged_lora
 from agent.packing import anywhere, read_packed
 from agent.student import attention, backbone, load_base, only_layers
 from schemas.errors import InputError
@@ -145,6 +146,18 @@ def test_a_model_made_of_some_layers_is_whole_again_afterwards(model):
         after = read(ids)
     assert torch.equal(before, after)
     assert torch.allclose(before, parted, atol=1e-4)
+
+
+def test_an_adapter_added_to_the_weights_gives_the_gradient_of_one_beside_them(model):
+    batch = encode("search", "handoff")
+    with merged_lora(model):
+        assert sum("forward" in vars(module) for module in model.modules()) == 4 * 7, "every projection of the layers with an adapter"
+        merged, loss = gradients(model, batch), nll(model, batch)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert near(merged, gradients(model, batch)) and torch.isclose(loss, nll(model, batch), rtol=1e-5)
+    packed = get_peft_model(load_base(STUDENT.model_copy(update={"unpack_once": False})), LoraConfig(r=4, target_modules=adapted(30, 29)))
+    with merged_lora(packed):
+        assert not any("forward" in vars(module) for module in packed.modules()), "packed weights have nothing to be added to"
 
 
 def test_a_weighted_conversation_gives_the_gradient_of_its_copies(model):
