@@ -75,9 +75,8 @@ class Completion(BaseModel):
         return Usage(self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.cost_usd)
 
 
-def as_json(value: Any) -> str:
-    """A value as JSON, the same whatever the order of its keys."""
-    return json.dumps(value, sort_keys=True)
+as_json = json.JSONEncoder(sort_keys=True).encode
+"""A value as JSON, the same whatever the order of its keys."""
 
 
 def request_key(base_url: str, request: dict[str, Any], sample: int, at_hand: Mapping[str, str] | None = None) -> str:
@@ -90,7 +89,8 @@ def request_key(base_url: str, request: dict[str, Any], sample: int, at_hand: Ma
         at_hand: fields of the request that are written as JSON already. Most of what is hashed is the conversation and the
             schema, which one request has in all its forms.
     """
-    fields = ", ".join(f"{as_json(name)}: {(at_hand or {}).get(name) or as_json(request[name])}" for name in sorted(request))
+    at_hand = at_hand or {}
+    fields = ", ".join([f"{as_json(name)}: {at_hand.get(name) or as_json(request[name])}" for name in sorted(request)])
     return hashlib.sha256(f"[{as_json(base_url.rstrip('/'))}, {{{fields}}}, {as_json(sample)}]".encode()).hexdigest()
 
 
