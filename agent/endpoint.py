@@ -178,6 +178,7 @@ class Endpoint:
         fixed = {"model": params.model, **dict.fromkeys(get_args(MaxTokens), params.max_tokens), "temperature": params.temperature} | params.extra
         self._written = {name: as_json(value) for name, value in fixed.items()}
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=params.timeout_s, max_retries=0)
+        self._url = f"{self._client.base_url}chat/completions"  # whole: the client would put it together anew for every call
         self._price = FREE if params.simulated else params.price
         self._limit = ConcurrencyLimit(params.max_concurrency, spend.pause)
         self._dialects: dict[bool, Dialect] = {}
@@ -226,17 +227,17 @@ class Endpoint:
             return None
         known, _ = self._dialect(question)
         dialects = itertools.product(get_args(Output) if question.schema else [known.output], (True, False), get_args(MaxTokens))
-        for dialect in sorted(itertools.starmap(Dialect, dialects), key=lambda dialect: dialect != known):
-            key = self._key_of(question, dialect)
-            if stored := self._responses.get(key):
-                self._answered_before = True
-                self._spend.reused += not self._offline
-                if stored.cost_usd is None and self._price:  # the price was not known then
-                    cost = self._price.of(stored.prompt_tokens, stored.cached_tokens, stored.completion_tokens)
-                    stored = stored.model_copy(update={"cost_usd": cost})
-                self._spend.count(key, stored.usage)
-                return stored
-        return None
+        forms = sorted(itertools.starmap(Dialect, dialects), key=lambda dialect: dialect != known)
+        if (found := self._responses.first([self._key_of(question, dialect) for dialect in forms])) is None:
+            return None
+        key, stored = found
+        self._answered_before = True
+        self._spend.reused += not self._offline
+        if stored.cost_usd is None and self._price:  # the price was not known then
+            cost = self._price.of(stored.prompt_tokens, stored.cached_tokens, stored.completion_tokens)
+            stored = stored.model_copy(update={"cost_usd": cost})
+        self._spend.count(key, stored.usage)
+        return stored
 
     def _request(self, question: _Question, dialect: Dialect) -> dict[str, Any]:
         request: dict[str, Any] = {"model": self.params.model, "messages": question.messages, dialect.max_tokens: self.params.max_tokens}
@@ -333,7 +334,7 @@ class Endpoint:
         async with self._limit.slot() as started, self._spend.room_for(worst_usd) as room:
             try:
                 async with asyncio.timeout(self.params.timeout_s):
-                    body = await self._client.post("/chat/completions", content=request, cast_to=str)
+                    response = await self._client.post(self._url, content=request, cast_to=httpx2.Response)
             except (TimeoutError, openai.APITimeoutError):
                 room.lost()
                 raise _Again(f"no answer within {self.params.timeout_s:g} s", silent=True) from None
@@ -344,7 +345,7 @@ class Endpoint:
                     raise _Again("no connection", unreachable=unreachable) from None
                 room.lost()
                 raise _Again("the connection broke") from None
-            completion = self._read(body, question, dialect, room)
+            completion = self._read(response.text, question, dialect, room)
             self._limit.succeeded()
             return completion
 
