@@ -11,8 +11,8 @@ import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, lru_cache
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
@@ -126,32 +126,41 @@ class _Refused(Exception):
 
 
 @dataclass(frozen=True)
+class _Format:
+    """A response format as it is sent, and as `as_json` writes it."""
+
+    taken: dict[str, Any]
+    written: str
+
+
+@lru_cache
+def _formats(schema: str) -> dict[Output, _Format]:
+    """How output is asked for that keeps to a schema, given as JSON: a company has one for all its calls."""
+    taken = json.loads(schema)
+    formats: dict[Output, dict[str, Any]] = {
+        "json_schema": {"type": "json_schema", "json_schema": {"name": "step", "strict": True, "schema": strict(taken)}},
+        "json_object": {"type": "json_object", "schema": taken}}
+    return {output: _Format(taken, as_json(taken)) for output, taken in formats.items()}
+
+
+@dataclass(frozen=True)
 class _Question:
-    """What is asked, apart from the form in which a server takes it."""
+    """What is asked, apart from the form in which a server takes it; `keys` are those of the forms, as far as they were asked for."""
 
     messages: list[dict[str, str]]
     sample: int
     schema: dict[str, Any] | None
+    keys: dict[Dialect, str] = field(default_factory=dict)
 
     @cached_property
-    def formats(self) -> dict[Output, dict[str, Any]]:
+    def formats(self) -> dict[Output, _Format]:
         """How structured output is asked for; none for a text."""
-        if self.schema is None:
-            return {}
-        return {"json_schema": {"type": "json_schema", "json_schema": {"name": "step", "strict": True, "schema": strict(self.schema)}},
-                "json_object": {"type": "json_object", "schema": self.schema}}
+        return _formats(json.dumps(self.schema)) if self.schema is not None else {}
 
     @cached_property
-    def _messages(self) -> str:
-        return as_json(self.messages)
-
-    @cached_property
-    def _formats(self) -> dict[Output, str]:
-        return {output: as_json(taken) for output, taken in self.formats.items()}
-
-    def at_hand(self, output: Output) -> dict[str, str]:
-        """The long fields of the request as JSON, written once for all forms of it."""
-        return {"messages": self._messages, "response_format": self._formats.get(output, "")}
+    def written(self) -> dict[str, str]:
+        """The fields that are the same in all forms of the request, as JSON."""
+        return {"messages": as_json(self.messages), "seed": as_json(self.sample)}
 
 
 class Endpoint:
@@ -166,7 +175,10 @@ class Endpoint:
     def __init__(self, params: EndpointParams, url: str, key: str, responses: Responses | None, spend: Spend, *, offline: bool = False) -> None:
         self.params = params
         self._key, self._responses, self._spend, self._offline = key, responses, spend, offline
+        fixed = {"model": params.model, **dict.fromkeys(get_args(MaxTokens), params.max_tokens), "temperature": params.temperature} | params.extra
+        self._written = {name: as_json(value) for name, value in fixed.items()}
         self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=params.timeout_s, max_retries=0)
+        self._url = f"{self._client.base_url}chat/completions"  # whole: the client would put it together anew for every call
         self._price = FREE if params.simulated else params.price
         self._limit = ConcurrencyLimit(params.max_concurrency, spend.pause)
         self._dialects: dict[bool, Dialect] = {}
@@ -202,7 +214,12 @@ class Endpoint:
             raise Stopped(str(error)) from None
 
     def _key_of(self, question: _Question, dialect: Dialect) -> str:
-        return request_key(self.params.base_url, self._request(question, dialect), question.sample, question.at_hand(dialect.output))
+        if dialect not in question.keys:
+            written = self._written | question.written
+            if taken := question.formats.get(dialect.output):
+                written["response_format"] = taken.written
+            question.keys[dialect] = request_key(self.params.base_url, self._request(question, dialect), question.sample, written)
+        return question.keys[dialect]
 
     def _stored(self, question: _Question) -> Completion | None:
         """The answer to the request as we would send it now or may have sent it when we knew the server less, or it took other fields."""
@@ -210,17 +227,17 @@ class Endpoint:
             return None
         known, _ = self._dialect(question)
         dialects = itertools.product(get_args(Output) if question.schema else [known.output], (True, False), get_args(MaxTokens))
-        for dialect in sorted(itertools.starmap(Dialect, dialects), key=lambda dialect: dialect != known):
-            key = self._key_of(question, dialect)
-            if stored := self._responses.get(key):
-                self._answered_before = True
-                self._spend.reused += not self._offline
-                if stored.cost_usd is None and self._price:  # the price was not known then
-                    cost = self._price.of(stored.prompt_tokens, stored.cached_tokens, stored.completion_tokens)
-                    stored = stored.model_copy(update={"cost_usd": cost})
-                self._spend.count(key, stored.usage)
-                return stored
-        return None
+        forms = sorted(itertools.starmap(Dialect, dialects), key=lambda dialect: dialect != known)
+        if (found := self._responses.first([self._key_of(question, dialect) for dialect in forms])) is None:
+            return None
+        key, stored = found
+        self._answered_before = True
+        self._spend.reused += not self._offline
+        if stored.cost_usd is None and self._price:  # the price was not known then
+            cost = self._price.of(stored.prompt_tokens, stored.cached_tokens, stored.completion_tokens)
+            stored = stored.model_copy(update={"cost_usd": cost})
+        self._spend.count(key, stored.usage)
+        return stored
 
     def _request(self, question: _Question, dialect: Dialect) -> dict[str, Any]:
         request: dict[str, Any] = {"model": self.params.model, "messages": question.messages, dialect.max_tokens: self.params.max_tokens}
@@ -229,7 +246,7 @@ class Endpoint:
         if dialect.seed:
             request["seed"] = question.sample
         if taken := question.formats.get(dialect.output):
-            request["response_format"] = taken
+            request["response_format"] = taken.taken
         return request | self.params.extra
 
     def _dialect(self, question: _Question) -> tuple[Dialect, bool]:
@@ -262,7 +279,7 @@ class Endpoint:
         while True:
             request = self._request(question, dialect)
             try:
-                completion = await self._tries(request, question.sample)
+                completion = await self._tries(question, dialect)
             except _Refused as refused:
                 forbidden = refused.status == 403  # whatever the form of the request
                 if forbidden or (lesser := dialect.lesser(request, refused.words, settled)) is None:
@@ -276,11 +293,11 @@ class Endpoint:
                 self._settle(question, dialect)
             return completion
 
-    async def _tries(self, request: dict[str, Any], sample: int) -> Completion:
+    async def _tries(self, question: _Question, dialect: Dialect) -> Completion:
         paid = silent = 0
         for attempt in range(TRIES):
             try:
-                return await self._one_try(request, sample)
+                return await self._one_try(question, dialect)
             except _Again as again:
                 last = again
             paid += last.paid
@@ -311,13 +328,13 @@ class Endpoint:
                 "every answer so far is kept: run again once the endpoint is well"))
         return EndpointFailure(why)
 
-    async def _one_try(self, request: dict[str, Any], sample: int) -> Completion:
-        worst = len(json.dumps(request, ensure_ascii=False).encode("utf-8", "replace"))
-        worst_usd = self._price.of(worst, 0, self.params.max_tokens) if self._price else 0.0
+    async def _one_try(self, question: _Question, dialect: Dialect) -> Completion:
+        request = json.dumps(self._request(question, dialect), ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+        worst_usd = self._price.of(len(request), 0, self.params.max_tokens) if self._price else 0.0
         async with self._limit.slot() as started, self._spend.room_for(worst_usd) as room:
             try:
                 async with asyncio.timeout(self.params.timeout_s):
-                    body = await self._client.post("/chat/completions", body=request, cast_to=str)
+                    response = await self._client.post(self._url, content=request, cast_to=httpx2.Response)
             except (TimeoutError, openai.APITimeoutError):
                 room.lost()
                 raise _Again(f"no answer within {self.params.timeout_s:g} s", silent=True) from None
@@ -328,7 +345,7 @@ class Endpoint:
                     raise _Again("no connection", unreachable=unreachable) from None
                 room.lost()
                 raise _Again("the connection broke") from None
-            completion = self._read(body, request, sample, room)
+            completion = self._read(response.text, question, dialect, room)
             self._limit.succeeded()
             return completion
 
@@ -365,7 +382,7 @@ class Endpoint:
             return "its words are left out, for they hold a part of the key"
         return words[:200]
 
-    def _read(self, body: str, request: dict[str, Any], sample: int, room: Room) -> Completion:
+    def _read(self, body: str, question: _Question, dialect: Dialect, room: Room) -> Completion:
         """The answer in a response's body, stored before anything else happens."""
         if self.params.api_key_env and len(self._key) >= KEY_LENGTH:
             body = body.replace(self._key, "[key]")
@@ -385,20 +402,20 @@ class Endpoint:
         finish = "refusal" if choice.message.refusal and not choice.message.content else choice.finish_reason or ""
         completion = Completion(
             base_url=self.params.base_url, model=self.params.model, stored=time.time(), content=content, reasoning=reasoning,
-            finish_reason=finish, **asdict(self._usage(answer.usage, request, content + reasoning)))
+            finish_reason=finish, **asdict(self._usage(answer.usage, question.messages, content + reasoning)))
         if not completion.text.strip() and completion.finish_reason != "length":
             room.paid(None, completion.usage)
             raise _Again("the answer holds no text", paid=True)
         key = None
         if self._responses is not None:
-            self._responses.put(key := request_key(self.params.base_url, request, sample), completion)
+            self._responses.put(key := self._key_of(question, dialect), completion)
         room.paid(key or f"{self._spend.sent}", completion.usage)
         self._answered, self._given_up = True, 0
         return completion
 
-    def _usage(self, counted: Counted | None, request: dict[str, Any], text: str) -> Usage:
+    def _usage(self, counted: Counted | None, messages: list[dict[str, str]], text: str) -> Usage:
         if counted is None:
-            prompt, cached, written = len(json.dumps(request["messages"], ensure_ascii=False)) // CHARS_PER_TOKEN, 0, len(text) // CHARS_PER_TOKEN
+            prompt, cached, written = len(json.dumps(messages, ensure_ascii=False)) // CHARS_PER_TOKEN, 0, len(text) // CHARS_PER_TOKEN
         else:
             prompt, written = counted.prompt_tokens, counted.completion_tokens
             cached = min(prompt, (counted.prompt_tokens_details and counted.prompt_tokens_details.cached_tokens) or 0)
@@ -411,7 +428,7 @@ class Endpoint:
         except ValidationError:
             room.lost()
         else:
-            room.paid(None, self._usage(counted, {"messages": []}, ""))
+            room.paid(None, self._usage(counted, [], ""))
 
     async def close(self) -> None:
         """Close the connections."""

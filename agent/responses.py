@@ -14,7 +14,7 @@ import json
 import os
 import sqlite3
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -75,9 +75,8 @@ class Completion(BaseModel):
         return Usage(self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.cost_usd)
 
 
-def as_json(value: Any) -> str:
-    """A value as JSON, the same whatever the order of its keys."""
-    return json.dumps(value, sort_keys=True)
+as_json = json.JSONEncoder(sort_keys=True).encode
+"""A value as JSON, the same whatever the order of its keys."""
 
 
 def request_key(base_url: str, request: dict[str, Any], sample: int, at_hand: Mapping[str, str] | None = None) -> str:
@@ -90,7 +89,8 @@ def request_key(base_url: str, request: dict[str, Any], sample: int, at_hand: Ma
         at_hand: fields of the request that are written as JSON already. Most of what is hashed is the conversation and the
             schema, which one request has in all its forms.
     """
-    fields = ", ".join(f"{as_json(name)}: {(at_hand or {}).get(name) or as_json(request[name])}" for name in sorted(request))
+    at_hand = at_hand or {}
+    fields = ", ".join([f"{as_json(name)}: {at_hand.get(name) or as_json(request[name])}" for name in sorted(request)])
     return hashlib.sha256(f"[{as_json(base_url.rstrip('/'))}, {{{fields}}}, {as_json(sample)}]".encode()).hexdigest()
 
 
@@ -126,6 +126,19 @@ class Responses:
     def _locks(self) -> int:
         assert self._cache is not None
         return os.open(self.folder / "asking.lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+    @cached_property
+    def _keys(self) -> sqlite3.Connection:
+        assert self._cache is not None
+        return sqlite3.connect(self.folder / "cache.db", timeout=self._cache.timeout)
+
+    def first(self, keys: Sequence[str]) -> tuple[str, Completion] | None:
+        """The first of some keys that has a response, with it. One query for all of them: most of the time none has."""
+        with self._database():
+            written = [bytes(self._cache.disk.put(key)[0]) for key in keys]
+            there = {row for row, in self._keys.execute(f"SELECT key FROM Cache WHERE key IN ({', '.join('?' * len(keys))})", written).fetchall()}
+        found = ((key, self.get(key)) for key, row in zip(keys, written, strict=True) if row in there)
+        return next(((key, completion) for key, completion in found if completion), None)
 
     def get(self, key: str) -> Completion | None:
         """The response under a key, or None. An entry that is damaged is deleted; one of another shape is left to whoever can read it."""
@@ -213,7 +226,7 @@ class Responses:
 
     def close(self) -> None:
         """Let go of the database and of every claim."""
-        for name in ("_locks", "_cache"):
+        for name in ("_locks", "_keys", "_cache"):
             if (opened := self.__dict__.pop(name, None)) is not None:
                 os.close(opened) if name == "_locks" else opened.close()
 
