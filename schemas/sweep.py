@@ -23,6 +23,7 @@ class Measured(_Sweep):
 class Rates(_Sweep):
     """One student on one split, as it decodes."""
 
+    follows_from: str = Field(description="names the code, parameters and data; what has the same name need not be measured again")
     action_accuracy: Measured
     escalate_recall: Measured
     over_escalation: Measured

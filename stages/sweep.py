@@ -7,7 +7,8 @@ Writes  metrics/sweep.json, metrics/sweep/calibration.csv
 
 Not a stage: nothing depends on it, and it takes a training for every factor and seed. A student is trained as the pipeline
 trains it, by its own stages in a folder under .cache/sweep; what has been trained and decoded there, by this code from these data and
-parameters, is not done again, so a run that was stopped goes on.
+parameters, is not done again, so a run that was stopped goes on. Nor is what metrics/sweep.json says of students of the same code, data and
+parameters: a sweep can be made in parts, on several machines, with its metrics committed in between.
 
 Every factor is trained with the first seed. On these students' calibration turns alone, as they decode, the rule in `calibrate` chooses the
 factor. Then the smallest factor and the chosen one are trained with the other seeds, to show how far chance puts them apart: the choice never
@@ -88,10 +89,7 @@ def trained(factor: int, seed: int) -> Path:
     Raises:
         InputError: a stage ended badly.
     """
-    everything = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
-    everything["oversample"]["escalation_factor"], everything["qlora_train"]["seed"] = factor, seed
-    made_by = [code(stage) for stage in ("oversample", "qlora_train")]
-    key = _digest([made_by, *(everything[section] for section in ("student", "qlora_train", "oversample"))], TRAIN)
+    everything, key = _training(factor, seed)
     folder = SWEEP / f"factor{factor}-seed{seed}-{key}"
     if (folder / ADAPTER / "adapter_config.json").is_file():
         return folder
@@ -104,6 +102,28 @@ def trained(factor: int, seed: int) -> Path:
     else:
         _run_stage("qlora_train", folder)
     return folder
+
+
+def _training(factor: int, seed: int) -> tuple[dict[str, Any], str]:
+    """The parameters of a training, and a name for all that it follows from."""
+    everything = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    everything["oversample"]["escalation_factor"], everything["qlora_train"]["seed"] = factor, seed
+    made_by = [code(stage) for stage in ("oversample", "qlora_train")]
+    return everything, _digest([made_by, *(everything[section] for section in ("student", "qlora_train", "oversample"))], TRAIN)
+
+
+def follows_from(factor: int, seed: int, split: Path, params: PredictParams) -> str:
+    """A name for all that the counts of a student on a split follow from: code, parameters and data."""
+    return _digest([_training(factor, seed)[1], code("predict_student"), code("eval_exact"), params.max_new_tokens], split)
+
+
+def counted() -> dict[str, dict[str, tuple[int, int]]]:
+    """What the last sweep counted, by `follows_from`; nothing if there was none."""
+    if not METRICS.is_file():
+        return {}
+    runs = json.loads(METRICS.read_text(encoding="utf-8"))["runs"]
+    return {rates["follows_from"]: {name: (rates[name]["k"], rates[name]["n"]) for name in RATES}
+            for one in runs for split in (CALIBRATION, HELD_OUT) if "follows_from" in (rates := one.get(split.stem) or {})}
 
 
 def code(stage: str) -> dict[str, str]:
@@ -172,26 +192,29 @@ def main() -> None:
     load_params("oversample", OversampleParams)
     first, *others = dict.fromkeys(options.seeds or [load_params("qlora_train", QloraTrainParams).seed])
 
-    def measured(factor: int, seed: int, *splits: Path) -> dict[Path, dict[str, tuple[int, int]]]:
-        found = {split: score(replies(trained(factor, seed), split, predict, student), "student") for split in splits}
-        for split, rates in found.items():
-            of = outcome(rates)
-            print(f"sweep: factor {factor}, seed {seed}, {split.stem}: {of.handoffs - of.missed} of {of.handoffs} hand-offs, "
-                  f"{of.needless} of {of.others} needless", file=sys.stderr)
-        return found
+    before = counted()
 
-    found = {(factor, first): measured(factor, first, CALIBRATION) for factor in sorted(set(options.factors))}
+    def measured(factor: int, seed: int, split: Path) -> dict[str, tuple[int, int]]:
+        name = follows_from(factor, seed, split, predict)
+        rates = before.get(name) or score(replies(trained(factor, seed), split, predict, student), "student")
+        of = outcome(rates)
+        print(f"sweep: factor {factor}, seed {seed}, {split.stem}: {of.handoffs - of.missed} of {of.handoffs} hand-offs, "
+              f"{of.needless} of {of.others} needless{', as counted before' if name in before else ''}", file=sys.stderr)
+        return rates
+
+    found = {(factor, first): {CALIBRATION: measured(factor, first, CALIBRATION)} for factor in sorted(set(options.factors))}
     terms = calibrate.rule, calibrate.cost_missed, calibrate.cost_needless, calibrate.max_over_escalation
     chosen = best({factor: outcome(rates[CALIBRATION]) for (factor, _), rates in found.items()}, *terms)
     for factor in sorted({least, chosen}):
         for seed in others:
-            found[factor, seed] = measured(factor, seed, CALIBRATION)
+            found[factor, seed] = {CALIBRATION: measured(factor, seed, CALIBRATION)}
         if options.held_out:
             for seed in (first, *others):
-                found[factor, seed] |= measured(factor, seed, HELD_OUT)
+                found[factor, seed][HELD_OUT] = measured(factor, seed, HELD_OUT)
 
-    runs = [{"factor": factor, "seed": seed, **{split.stem: {name: rate(k, n) for name, (k, n) in rates.items()} for split, rates in of.items()}}
-            for (factor, seed), of in sorted(found.items())]
+    runs = [{"factor": factor, "seed": seed, **{
+        split.stem: {"follows_from": follows_from(factor, seed, split, predict), **{name: rate(*rates[name]) for name in RATES}}
+        for split, rates in of.items()}} for (factor, seed), of in sorted(found.items())]
     write_metrics(METRICS, {"rule": in_words(*terms), "chosen_on_calibration": chosen, "chosen_with_seed": first, "runs": runs}, SweepMetrics)
     CURVE.parent.mkdir(parents=True, exist_ok=True)
     with CURVE.open("w", newline="", encoding="utf-8") as file:

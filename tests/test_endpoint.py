@@ -349,8 +349,8 @@ def test_an_entry_of_another_shape_is_read_if_it_can_be_and_is_not_deleted(tmp_p
 
 
 def test_of_several_keys_the_first_that_has_a_readable_answer_counts(tmp_path):
-    answers = [Completion(base_url="http://x", model="m", stored=1.0, content=text, reasoning="", finish_reason="stop", prompt_tokens=1, cached_tokens=0,
-                          completion_tokens=1, cost_usd=None) for text in ("one", "two")]
+    answers = [Completion(base_url="http://x", model="m", stored=1.0, content=text, reasoning="", finish_reason="stop", prompt_tokens=1,
+                          cached_tokens=0, completion_tokens=1, cost_usd=None) for text in ("one", "two")]
     responses, other = (Responses(tmp_path / "responses") for _ in range(2))
     assert responses.first(["a", "b", "c", "d"]) is None
     other._cache["a"] = {"of another": "shape"}

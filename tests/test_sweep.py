@@ -19,6 +19,7 @@ from stages import sweep as command
 from stages._show import markdown
 from stages._stage import write_table
 from stages.eval_exact import CALIBRATION, HELD_OUT
+from stages.predict import PredictParams
 from stages.sweep import Outcome, best, code
 from stages.sweep import table as rows_of
 from tests.helpers import documented, inside
@@ -61,6 +62,7 @@ def made_up(factor, seed):
 def asked(monkeypatch):
     """What the command trains and decodes, with students made up in place of both."""
     found = []
+    monkeypatch.setattr(command, "follows_from", lambda factor, seed, split, _: f"{factor} {seed} {split.stem}")
     monkeypatch.setattr(command, "trained", lambda factor, seed: (factor, seed))
     monkeypatch.setattr(command, "replies", lambda student, split, *_: found.append((*student, split)) or made_up(*student))
     return found
@@ -97,6 +99,44 @@ def test_one_seed_chooses_and_the_others_show_how_far_chance_puts_the_smallest_a
     assert f"chooses factor {chosen}" in shown.splitlines()[-1]
 
 
+def test_what_the_last_sweep_counted_is_not_measured_again(asked, monkeypatch, tmp_path):
+    """So that a sweep can be made in parts, each on a machine that has none of the students before."""
+    parameters(tmp_path)
+
+    def sweep(*factors):
+        asked.clear()
+        monkeypatch.setattr(sys, "argv", ["sweep", *factors])
+        with inside(tmp_path):
+            command.main()
+        runs = json.loads((tmp_path / "metrics/sweep.json").read_bytes())["runs"]
+        return [one[0] for one in asked], {one["factor"]: one["calibration"]["escalate_recall"]["k"] for one in runs}
+
+    assert sweep("2", "4") == ([2, 4], {2: 2, 4: 6})
+    assert sweep("1", "2", "4") == ([1], {1: 1, 2: 2, 4: 6}) and sweep("1", "2", "4")[0] == []
+    monkeypatch.setattr(command, "follows_from", lambda factor, seed, split, _: f"other code {factor} {seed} {split.stem}")
+    assert sweep("1", "2")[0] == [1, 2]
+
+
+def test_a_count_follows_from_code_parameters_and_data(monkeypatch, tmp_path):
+    parameters(tmp_path)
+    write_table(tmp_path / "data/verify/train.parquet", table(), Verified)
+    write_table(tmp_path / "data/verify/calibration.parquet", table(), Verified)
+    params = PredictParams(max_new_tokens=4, turns_at_once=64)
+
+    def name(factor=1, seed=1, params=params):
+        return command.follows_from(factor, seed, CALIBRATION, params)
+
+    with inside(tmp_path):
+        names = [name(), name(2), name(seed=2), name(params=params.model_copy(update={"max_new_tokens": 5}))]
+        for stage in ("qlora_train", "predict_student", "eval_exact"):
+            with monkeypatch.context() as patched:
+                patched.setattr(command, "code", lambda one, stage=stage: {one: "0" * 32} if one == stage else code(one))
+                names.append(name())
+        write_table(tmp_path / "data/verify/calibration.parquet", table(company="teahouse"), Verified)
+        names.append(name())
+    assert len(set(names)) == len(names)
+
+
 def test_the_tables_in_readme_are_those_of_the_sweep():
     sweep = json.loads((ROOT / "metrics/sweep.json").read_text(encoding="utf-8"))
     for split in ("calibration", "held_out"):
@@ -108,7 +148,7 @@ def test_the_curve_is_that_of_the_metrics():
     """One mark a student in `dvc plots show`."""
     sweep = json.loads((ROOT / "metrics/sweep.json").read_text(encoding="utf-8"))
     for one, row in zip(sweep["runs"], pl.read_csv(ROOT / "metrics/sweep/calibration.csv").iter_rows(named=True), strict=True):
-        shares = {name: round(of["k"] / of["n"], 4) for name, of in one["calibration"].items()}
+        shares = {name: round(one["calibration"][name]["k"] / one["calibration"][name]["n"], 4) for name in command.RATES}
         assert row == {"factor": one["factor"], "seed": one["seed"], **shares}
 
 
