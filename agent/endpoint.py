@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
+import aiohttp
 import httpx2
 import openai
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -177,7 +178,9 @@ class Endpoint:
         self._key, self._responses, self._spend, self._offline = key, responses, spend, offline
         fixed = {"model": params.model, **dict.fromkeys(get_args(MaxTokens), params.max_tokens), "temperature": params.temperature} | params.extra
         self._written = {name: as_json(value) for name, value in fixed.items()}
-        self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=params.timeout_s, max_retries=0)
+        # On aiohttp a call takes a third less of this process's time than on httpx. The time is kept by us, for the whole of a try.
+        self._client = openai.AsyncOpenAI(base_url=url, api_key=key, timeout=None, max_retries=0,
+                                          http_client=openai.DefaultAioHttpClient(timeout=None))
         self._url = f"{self._client.base_url}chat/completions"  # whole: the client would put it together anew for every call
         self._price = FREE if params.simulated else params.price
         self._limit = ConcurrencyLimit(params.max_concurrency, spend.pause)
@@ -335,14 +338,15 @@ class Endpoint:
             try:
                 async with asyncio.timeout(self.params.timeout_s):
                     response = await self._client.post(self._url, content=request, cast_to=httpx2.Response)
-            except (TimeoutError, openai.APITimeoutError):
+            except TimeoutError:
                 room.lost()
                 raise _Again(f"no answer within {self.params.timeout_s:g} s", silent=True) from None
             except openai.APIStatusError as error:
                 raise self._status(error, started) from None
             except openai.APIConnectionError as error:
-                if unreachable := isinstance(error.__cause__, httpx2.ConnectError):
-                    raise _Again("no connection", unreachable=unreachable) from None
+                # What went wrong is two causes down: on the way up a connection refused and one that broke both become a timeout.
+                if error.__cause__ and isinstance(error.__cause__.__cause__, aiohttp.ClientConnectorError):
+                    raise _Again("no connection", unreachable=True) from None
                 room.lost()
                 raise _Again("the connection broke") from None
             completion = self._read(response.text, question, dialect, room)

@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any
 
+import bm25s  # noqa: F401  (as the stage does, before it asks anything)
 import psutil
 
 from agent.endpoint import EndpointParams, open_endpoints

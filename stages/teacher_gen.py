@@ -13,7 +13,6 @@ the teacher is asked again at some turns of the held-out companies, to see how f
 from __future__ import annotations
 
 import asyncio
-import importlib
 import sys
 from collections import Counter
 from collections.abc import Collection
@@ -116,8 +115,6 @@ async def hold_all(companies: dict[str, Company], params: TeacherGenParams, simu
     lengths = [sum(1 + len(turn.agent) for turn in scenario.turns) for _, scenario in jobs]
     bases = {slug: KnowledgeBase(company.articles) for slug, company in companies.items()}
     finished_usd, done = 0.0, 0
-    # Takes most of a second, and is needed for the first search: meanwhile the first answers come.
-    warming = asyncio.create_task(asyncio.to_thread(importlib.import_module, "bm25s"))
     # Twice as many conversations as slots keep every slot busy while tools run.
     room = asyncio.Semaphore(2 * params.teacher.max_concurrency)
     async with open_endpoints(spend, simulator_url, params.teacher, params.customer, offline=offline) as (teacher, customer):
@@ -138,7 +135,6 @@ async def hold_all(companies: dict[str, Company], params: TeacherGenParams, simu
             order = sorted(range(len(jobs)), key=lambda number: -lengths[number])
             async with asyncio.TaskGroup() as group:
                 tasks = {number: group.create_task(job(*jobs[number], lengths[number])) for number in order}
-    await warming
     return [(company, scenario, tasks[number].result()) for number, (company, scenario) in enumerate(jobs)]
 
 
@@ -188,6 +184,7 @@ def take_recorded(params: RecordedParams, data: DataParams) -> None:
 
 
 def main() -> None:
+    import bm25s  # noqa: F401  (for the first search, which would hold up every conversation for as long as the import takes)
     import polars as pl
 
     params = load_params("teacher_gen", TeacherGenParams)
