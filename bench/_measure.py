@@ -45,19 +45,22 @@ def watch(module: str, *arguments: str, cwd: Path, limit_s: float, **environment
     Raises:
         ProcessFailed: it returned an error, or was killed.
     """
-    command = [sys.executable, "-m", "bench._watched", module, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     started = time.monotonic()
+    *said, last = call("bench._watched", module, *arguments, cwd=cwd, limit_s=limit_s, **environment)
+    return Process(seconds=time.monotonic() - started, peak_mb=float(last)), "\n".join(said).strip()
+
+
+def call(module: str, *arguments: str, cwd: Path, limit_s: float, **environment: str) -> list[str]:
+    """As `watch`, with nothing beside the module in its process: the lines that it printed."""
     try:
-        done = subprocess.run(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s,
-                              check=False)
+        done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
         raise ProcessFailed(f"{module}: stopped after {limit_s:g} s") from None
-    seconds = time.monotonic() - started
-    *said, last = done.stdout.strip().splitlines() or [""]
+    lines = done.stdout.strip().splitlines()
     if done.returncode:
-        raise ProcessFailed(f"{module}: exit code {done.returncode}: {last or 'nothing was printed'}")
-    return Process(seconds=seconds, peak_mb=float(last)), "\n".join(said).strip()
+        raise ProcessFailed(f"{module}: exit code {done.returncode}: {lines[-1] if lines else 'nothing was printed'}")
+    return lines
 
 
 def this_machine() -> Machine:

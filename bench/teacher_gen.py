@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bench._measure import circumstances, ratio, watch
+from bench._measure import call, circumstances, ratio
 from schemas.bench import Generation, Held, Slots, TeacherGenPart
 from schemas.errors import InputError
 
@@ -79,8 +79,7 @@ def hold(url: str, slots: int, conversations: int) -> Generation:
 def work(what: str, url: str, slots: int, count: int) -> str:
     """The last line that bench._generation prints, with an empty store of responses."""
     with tempfile.TemporaryDirectory() as cache:
-        _, said = watch("bench._generation", what, url, str(slots), str(count), cwd=Path(), limit_s=LIMIT_S, HANDOFF_CACHE=cache)
-    return said.splitlines()[-1]
+        return call("bench._generation", what, url, str(slots), str(count), cwd=Path(), limit_s=LIMIT_S, HANDOFF_CACHE=cache)[-1]
 
 
 @contextmanager
