@@ -26,6 +26,8 @@ from stages._stage import run
 
 EXACT = Path("metrics/eval_exact.json")
 JUDGE = Path("metrics/eval_judge.json")
+JUDGED = ("params.yaml", "metrics", "models", "data/eval_exact")
+"""What the gate reads lies in these."""
 MARKER = "<!-- handoff: results of this pull request -->"
 """By this first line the workflow finds the comment that it updates."""
 LIMIT = 65_536
@@ -110,6 +112,12 @@ def revision(name: str) -> str:
     if done.returncode:
         raise InputError(f"there is no commit '{name}' in this clone", "git fetch brings the remote's branches; git branch -a lists them")
     return done.stdout.strip()
+
+
+def uncommitted() -> list[str]:
+    """The files under what the gate judges that are not as HEAD has them."""
+    status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "-z", "--", *JUDGED], capture_output=True, text=True, check=True)
+    return [line[3:] for line in status.stdout.split("\0") if line]
 
 
 def judged(module: str, *arguments: str) -> tuple[int, Block]:
@@ -256,7 +264,10 @@ def _even(points: np.ndarray) -> np.ndarray:
 
 def sections(base: str, rev: str, names: tuple[str, str]) -> Iterator[Block]:
     """The comment's parts, what decides first and what is long last; `names` is what the revisions are called in them."""
-    if revision(rev) == revision("HEAD"):
+    if revision(rev) == revision("HEAD") and (changed_here := uncommitted()):
+        yield Block([f"### Gate: not asked\n\nIt judges what is checked out, and there {', '.join(map(code, changed_here))} "
+                     f"{'is' if len(changed_here) == 1 else 'are'} not as committed."])
+    elif revision(rev) == revision("HEAD"):
         state, gate = judged("stages.gate", "--base", base)
         yield Block([f"### Gate: {'passed' if state == 0 else 'not passed'}"])
         yield gate

@@ -30,7 +30,7 @@ from schemas.action import ActionName, HandoffReason
 from schemas.counts import CalibrateDetail, ExactCounts, JudgeCounts
 from schemas.errors import InputError
 from schemas.metrics import QloraTrainMetrics
-from schemas.operating import OperatingPoint
+from schemas.operating import OperatingPoint, Policy
 from schemas.recorded import OriginVerifyMetrics
 from schemas.self_agreement import GenerationMetrics
 from schemas.tables import SCORED, Judgements, Predictions, Rejected, Verified
@@ -38,6 +38,8 @@ from stages._policy import tuned
 from stages._rates import rate
 from stages._report import charts, figures, viewer, words
 from stages._report.figures import pooled
+from stages._revisions import WORKSPACE, Side, same_grader, same_turns
+from stages._revisions import predictions as predictions_of
 from stages._stage import Params, load_params, read_table, run, say
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def read_revision(revision: str) -> tuple[dict[str, Any], pl.DataFrame]:
     """The counts of both evaluations, and the predictions, as a revision of the repository holds them.
 
     Raises:
-        InputError: there is no such revision, or it lacks one of them.
+        InputError: there is no such revision, it lacks one of them, or it was measured on other turns or by another grader.
     """
     import dvc.api
     import polars as pl
@@ -103,6 +105,9 @@ def read_revision(revision: str) -> tuple[dict[str, Any], pl.DataFrame]:
     except (DvcException, OSError, ValueError, pl.exceptions.PolarsError) as error:
         raise InputError(f"report.compare_with: revision '{revision}' cannot be read: {' '.join(str(error).split())[:200]}",
                          "git log, or dvc exp list, shows the revisions; null compares with none") from None
+    now, before = (Side(rev, Policy.PLAIN) for rev in (WORKSPACE, revision))
+    same_turns(now, before, predictions_of(now), predictions_of(before))
+    same_grader(now.rev, before.rev)
     return with_judge(read_metrics(EXACT, ExactCounts, exact), read_metrics(JUDGED, JudgeCounts, judged)), predictions
 
 

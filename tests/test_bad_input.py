@@ -224,14 +224,14 @@ def test_a_repeated_line_stops_the_corpus_stage(work):
     ("verify", [], TRACES), ("oversample", [], TRAIN), ("eval_exact", [], HELD_OUT), ("eval_judge", [], PREDICTIONS),
     ("eval_judge", [PREDICTIONS], HELD_OUT), ("qlora_train", [], "data/oversample/train.parquet"),
     ("eval_exact", [HELD_OUT, VERIFIED_CALIBRATION], HANDOFF_SCORES), ("handoff_score", [], TRAIN), ("yardsticks", [], TRAIN),
-    ("calibrate", [], PREDICTIONS), ("compare", [], PREDICTIONS),
+    ("calibrate", [], PREDICTIONS), ("compare", [], PREDICTIONS), ("predict base", [], HELD_OUT), ("predict student", [], HELD_OUT),
     ("gate", [], "metrics/calibrate_detail.json"),
 ])
 def test_a_stage_before_its_input_names_the_file_and_its_stage(work, stage, present, missing):
     frames = {HELD_OUT: table("tearoom"), VERIFIED_CALIBRATION: table("teashop"), PREDICTIONS: predictions()}
     for path in present:
         put(work, path, frames[path])
-    error, hint = refused(work, stage, *(["workspace", "workspace"] if stage == "compare" else []))
+    error, hint = refused(work, *stage.split(), *(["workspace", "workspace"] if stage == "compare" else []))
     assert f"{missing} does not exist" in error and "dvc repro" in hint
 
 

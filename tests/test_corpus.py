@@ -84,9 +84,9 @@ def test_no_two_openings_are_alike():
     assert figures()["openings"]["highest_cosine"] < 0.6
 
 
-@pytest.mark.parametrize("feature", ["last_words", "customer_turns"])
+@pytest.mark.parametrize("feature", ["last_words", "customer_turns", "position"])
 @pytest.mark.parametrize("where, low, high", [*((where, 0.40, 0.60) for where in ("training", *HELD_OUT)), *((s, 0.35, 0.65) for s in TRAINING)])
-def test_length_does_not_give_the_handoff_away(where, low, high, feature):
+def test_length_and_position_do_not_give_the_handoff_away(where, low, high, feature):
     pooled = figures()["surface_auc"]
     auc = pooled[where] if where in pooled else described(where)["surface_auc"]
     assert low <= auc[feature] <= high
@@ -129,10 +129,16 @@ LABELLED = sorted(path.stem for path in (ROOT / BLIND_LABELS).glob("*.csv"))
 
 def test_a_blind_reader_agrees_on_the_held_out_companies(monkeypatch):
     """Out of all labels in the files: one whose step was edited away since agrees with nothing."""
-    if missing := set(HELD_OUT) - set(LABELLED):
-        pytest.skip(f"no blind labels yet: {BLIND_LABELS}/{{{','.join(sorted(missing))}}}.csv")
     monkeypatch.chdir(ROOT)
     assert sum(blind_agreement(corpus()[slug])[0] for slug in HELD_OUT) >= 0.95 * sum(len(labels(slug)) for slug in HELD_OUT)
+
+
+def test_a_blind_reader_agrees_on_about_a_fifth_of_the_training_companies(monkeypatch):
+    """A few of the conversations that were read have been mended since, and their labels went."""
+    monkeypatch.chdir(ROOT)
+    read = sum(len({row["scenario"] for row in labels(slug)}) for slug in TRAINING)
+    assert read >= 0.19 * sum(len(corpus()[slug].scenarios) for slug in TRAINING)
+    assert sum(blind_agreement(corpus()[slug])[0] for slug in TRAINING) >= 0.95 * sum(len(labels(slug)) for slug in TRAINING)
 
 
 @pytest.mark.parametrize("slug", LABELLED)

@@ -1,7 +1,10 @@
 """What an edit reaches, and that the committed lock and metrics are of this code."""
 
+import hashlib
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +102,39 @@ def test_metrics_and_predictions_are_in_git_and_small():
 def test_dvc_commands_work_as_they_come(command):
     done = subprocess.run(["dvc", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def call(*command, cwd, **environment):
+    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.long
+def test_the_data_stages_write_what_the_committed_lock_names(tmp_path):
+    """On this machine too, whichever wrote the lock."""
+    call("git", "clone", "--quiet", "--shared", str(ROOT), "clone", cwd=tmp_path)
+    clone = tmp_path / "clone"
+    lock = yaml.safe_load((clone / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    for stage in ("teacher_gen", "verify", "oversample"):
+        named = {out["path"]: out["md5"] for out in lock[stage]["outs"]}
+        for path in named:
+            (clone / path).unlink(missing_ok=True)
+        call(sys.executable, "-m", f"stages.{stage}", cwd=clone, PYTHONPATH=str(clone), HANDOFF_CACHE=str(tmp_path / "cache"))
+        assert {path: hashlib.md5((clone / path).read_bytes()).hexdigest() for path in named} == named
+
+
+@pytest.mark.long
+def test_a_clone_pulls_what_this_repository_committed_and_has_nothing_to_run(tmp_path):
+    """All stages with their real outputs, through a folder as remote; tests/test_sharing.py has the same through S3, without a model."""
+    if json.loads(call("dvc", "status", "--json", cwd=ROOT)):
+        pytest.skip("needs a workspace with the outputs of the committed run: dvc repro, or dvc pull")
+    for name in ("first", "second"):
+        call("git", "clone", "--quiet", "--shared", str(ROOT), name, cwd=tmp_path)
+        call("dvc", "remote", "add", "--local", "--default", "storage", str(tmp_path / "storage"), cwd=tmp_path / name)
+    call("dvc", "config", "--local", "cache.dir", str(ROOT / ".dvc/cache"), cwd=tmp_path / "first")
+    call("dvc", "push", cwd=tmp_path / "first")
+    second = tmp_path / "second"
+    call("dvc", "pull", cwd=second)
+    assert call("dvc", "status", cwd=second).strip() == "Data and pipelines are up to date."
+    assert "Running" not in call("dvc", "repro", cwd=second) and not call("git", "status", "--porcelain", cwd=second)

@@ -320,6 +320,24 @@ def test_an_article_that_changes_and_a_company_that_is_added_pay_for_the_differe
     assert rows[1][: len(rows[0])] == rows[0]
 
 
+def test_a_scenario_that_is_edited_pays_for_itself_alone():
+    gym = real("gym").model_copy(update={"scenarios": real("gym").scenarios[-4:]})
+    first, *others = gym.scenarios
+    opening, *rest = first.turns
+    edited = first.model_copy(update={"customer": first.customer.model_copy(update={"facts": f"{first.customer.facts} Edited."}),
+                                      "turns": [opening.model_copy(update={"customer": f"{opening.customer} Edited."}), *rest]})
+    before, after = gym, gym.model_copy(update={"scenarios": [edited, *others]})
+    both = gym.model_copy(update={"scenarios": [*before.scenarios, edited.model_copy(update={"id": "edited"})]})
+    with hostile(Player({"gym": both}, Rates(**FLAWLESS)).answer) as server:
+        rows = [held(server.url, {"gym": before})]
+        sent = len(server.log)
+        rows.append(held(server.url, {"gym": after}))
+        asked = [request["messages"] for *_, request, _ in server.log[sent:]]
+    assert asked and all(any("Edited." in message["content"] for message in messages) for messages in asked)
+    untouched = [[row for row in each if row["scenario"] != first.id] for each in rows]
+    assert untouched[0] == untouched[1] and rows[0] != rows[1]
+
+
 @pytest.mark.parametrize("spoil", [
     "UPDATE Cache SET value = substr(value, 1, 20)", "UPDATE Cache SET value = x'00'", "UPDATE Cache SET value = x''",
     "UPDATE Cache SET filename = 'aa/bb/gone.val', mode = 2, value = NULL"])

@@ -226,6 +226,18 @@ def test_the_gate_is_asked_only_of_what_is_checked_out(clone):
     assert "### Gate: not asked" in text and "`HEAD^`." in text
 
 
+def test_the_gate_is_not_asked_of_what_is_not_committed(clone):
+    """It would judge other figures than those that the comment compares."""
+    counts = "metrics/eval_judge_counts.json"
+    (clone / "README.md").write_text("Nothing that it reads.\n", encoding="utf-8")
+    assert "### Gate: not passed" in comment("HEAD^", folder=clone)
+    rates = json.loads((clone / counts).read_text(encoding="utf-8"))
+    (clone / counts).write_text(json.dumps(rates | {"judge": "another"}), encoding="utf-8")
+    text = comment("HEAD^", folder=clone)
+    git(clone, "checkout", "--quiet", ".")
+    assert f"### Gate: not asked\n\nIt judges what is checked out, and there `{counts}` is not as committed." in text
+
+
 def test_what_gate_and_comparison_refuse_stands_in_their_place(clone):
     """In a commit without the predictions both have nothing to judge."""
     (clone / "data/eval_exact/predictions.parquet").unlink()
@@ -414,7 +426,7 @@ def posted(tmp_path):
         yield kept
 
 
-@pytest.mark.skipif(not shutil.which("gh"), reason="needs GitHub's gh, which GitHub's runners have")
+@pytest.mark.skipif(not shutil.which("gh") and "GITHUB_ACTIONS" not in os.environ, reason="needs GitHub's gh, which GitHub's runners have")
 def test_the_comment_is_posted_once_and_then_updated(posted):
     for text in ("first, 5 > 3", "second"):
         done = posted.post(text)
@@ -422,7 +434,7 @@ def test_the_comment_is_posted_once_and_then_updated(posted):
         assert posted.comments == [*posted.others, posted.ours(text)]
 
 
-@pytest.mark.skipif(not shutil.which("gh"), reason="needs GitHub's gh, which GitHub's runners have")
+@pytest.mark.skipif(not shutil.which("gh") and "GITHUB_ACTIONS" not in os.environ, reason="needs GitHub's gh, which GitHub's runners have")
 @pytest.mark.parametrize("answer", [JSONResponse({"message": "Server Error"}, status_code=502), Response(status_code=502)])
 def test_a_listing_that_fails_is_a_failed_step_and_no_second_comment(posted, answer):
     assert posted.post("first").returncode == 0

@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 
 from schemas.action import make_action
+from schemas.recorded import OriginRule, UnmappedReason
 from schemas.tables import Predictions
 from schemas.traces import RejectReason
 from stages._rates import rate
@@ -257,7 +258,7 @@ def test_rejections_are_those_of_the_metrics_and_every_reason_has_words(html):
     verified = metrics("verify")
     for reason, count in verified["reasons"].items():
         assert (f'reject={reason}" aria-label="{count} conversations' in html) == (count > 0)
-    assert set(words.REJECTIONS) == set(RejectReason)
+    assert set(words.REJECTIONS) == set(RejectReason) and set(words.NOT_APPLICABLE) == set(OriginRule)
 
 
 @pytest.mark.parametrize("name, changed, shown", [
@@ -272,6 +273,23 @@ def test_the_bills_are_shown(tmp_path, name, changed, shown):
     with inside(folder):
         main()
     assert shown in (folder / REPORT).read_text(encoding="utf-8")
+
+
+def test_recorded_logs_are_called_that_and_no_teacher_is_made_up(tmp_path):
+    folder = report_inputs(tmp_path)
+    reasons = dict.fromkeys(map(str, UnmappedReason), 0) | {"no_agent_step": 3, "handoff_without_reason": 5}
+    logs = {"in": 22, "mapped": 14, "unmapped": 8, "reasons": reasons, "left_out": 0}
+    for name, changed in (("teacher_gen", {"teacher": "recorded", "customer": "recorded", "scenarios": 0, "conversations": 14, "recorded": logs}),
+                          ("verify", {"not_applicable": {"ticket_category": 0, "facts": 4, "outcome": 14}})):
+        (folder / f"metrics/{name}.json").write_text(json.dumps(metrics(name) | changed), encoding="utf-8")
+    with inside(folder):
+        main()
+    html = " ".join((folder / REPORT).read_text(encoding="utf-8").split())
+    assert "of 22 conversations read, 14 could be mapped and 8 not (handoff_without_reason 5, no_agent_step 3)." in html
+    assert "4 could not be checked for the facts they state" in html and "14 could not be checked for their outcome" in html
+    assert "ticket categories" not in html and "conversations from recorded logs, " in html and "what your agents did in the logs" in html
+    for untrue in ("fictional", "held by the teacher", "when it was paid", "0 scenarios", "simulated teacher"):
+        assert untrue not in html.partition('<script type="application/json"')[0], untrue
 
 
 def test_what_the_gate_refuses_is_a_sentence_on_the_page(tmp_path):
@@ -320,7 +338,7 @@ def test_scores_are_embedded_where_the_predictions_have_them(folder):
     bare = predictions.drop("p_escalate", "other_action", strict=False)
     assert not any("e" in reply or "o" in reply for replies in viewer.predicted(bare, judged, None).values() for reply in replies)
     scored = bare.with_columns(p_escalate=pl.lit(0.123456), other_action=pl.lit("reply"))
-    assert all((reply["e"], reply["o"]) == (0.1235, "reply") for replies in viewer.predicted(scored, judged, None).values() for reply in replies)
+    assert all((reply["e"], reply["o"]) == (0.123456, "reply") for replies in viewer.predicted(scored, judged, None).values() for reply in replies)
 
 
 @pytest.fixture
@@ -355,6 +373,16 @@ def test_a_revision_that_cannot_be_read_is_one_sentence(repository, spoil):
     done = run(repository, "report")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: report.compare_with: revision '") and "\nhint: " in done.stderr and not (repository / REPORT).exists()
+
+
+@pytest.mark.parametrize("changed, told", [
+    (lambda rows: rows.filter(pl.col("company") == "travel"), "they were measured on different evaluation sets"),
+    (lambda rows: rows.with_columns(action=pl.lit("reply")), "the grader changed between them")])
+def test_a_revision_measured_in_another_way_does_not_stand_beside_it(repository, changed, told):
+    predictions = pl.read_parquet(repository / "data/eval_exact/predictions.parquet")
+    write(repository, "data/eval_exact/predictions.parquet", changed(predictions), Predictions)
+    done = run(repository, "report")
+    assert done.returncode == 1 and told in done.stderr and "\nhint: " in done.stderr and not (repository / REPORT).exists()
 
 
 @pytest.mark.parametrize("name, content", [

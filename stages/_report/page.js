@@ -39,7 +39,8 @@
   const open = () => location.hash.startsWith("#/conversations");
   function state() {
     const asked = new URLSearchParams(open() ? location.hash.split("?").slice(1).join("?") : "");
-    return Object.fromEntries([...Object.entries(DEFAULTS), ["id", ""], ["turn", ""]].map(([name, value]) => [name, asked.get(name) ?? value]));
+    const found = Object.fromEntries([...Object.entries(DEFAULTS), ["id", ""], ["turn", ""]].map(([name, value]) => [name, asked.get(name) ?? value]));
+    return Object.hasOwn(RIGHT, found.right) ? found : { ...found, right: "" };
   }
   function address(changes) {
     const asked = new URLSearchParams();
@@ -244,7 +245,7 @@
     for (const link of document.querySelectorAll("[data-view]"))
       if ((link.dataset.view === "conversations") === viewing) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
     if (!viewing) {
-      if (turned) document.getElementById(decodeURIComponent(location.hash.slice(1)) || "results")?.scrollIntoView();
+      if (turned) document.getElementById(location.hash.slice(1) || "results")?.scrollIntoView();
       return;
     }
     const f = state();

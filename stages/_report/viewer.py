@@ -5,8 +5,8 @@ why verification rejected it and at which message. A message is `{c: text}` (cus
 held-out conversation whose turn was predicted carries the models' steps under `p`.
 
 A step is `{a: action, g: args, h: thought, m: message}`, or `{x: raw, f: fault}` where the text is no valid step; empty fields are left out.
-A predicted step also has `w` (whose: base, base_free, student, compared), and where known `v` (the judge's verdict), `e` (p_escalate, 4 places)
-and `o` (the best action other than escalate).
+A predicted step also has `w` (whose: base, base_free, student, compared), and where known `v` (the judge's verdict), `e` (p_escalate, all
+digits, since a threshold is held against it) and `o` (the best action other than escalate).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def predicted(predictions: pl.DataFrame, judgements: pl.DataFrame, compared: pl.
         if not free_base and (verdict := verdicts.get((row["conversation_id"], row["index"], row["model"]))):
             reply["v"] = verdict
         if row.get("p_escalate") is not None:
-            reply["e"] = round(row["p_escalate"], 4)
+            reply["e"] = row["p_escalate"]
         if row.get("other_action"):
             reply["o"] = row["other_action"]
         turns.setdefault((row["conversation_id"], row["index"]), []).append(reply)

@@ -37,3 +37,5 @@ REJECTIONS = {
     "infrastructure": "the endpoint gave up",
 }
 """Every RejectReason, in words."""
+NOT_APPLICABLE = {"ticket_category": "their ticket categories", "facts": "the facts they state", "outcome": "their outcome"}
+"""Every OriginRule, as what a conversation could not be checked for."""
