@@ -124,9 +124,12 @@ def unwrapped(text: str) -> str:
 
 
 def ignores_schema(text: str) -> bool:
-    """Whether a text shows that nothing held the model to the schema: no JSON object, or an action that is none of the six."""
+    """Whether a text shows that nothing held the model to the schema: no JSON object, or an action that is none of the six.
+
+    A grammar may let line breaks into a string (llama-cpp-python's does), which JSON does not: no step, but no sign of that either.
+    """
     try:
-        parse_action(text)
+        parse_action(re.sub(r"[\x00-\x1f]", " ", text))
     except ActionError as error:
         return error.fault in (ActionFault.NOT_ONE_JSON_OBJECT, ActionFault.UNKNOWN_ACTION)
     return False

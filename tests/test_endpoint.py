@@ -18,7 +18,7 @@ from agent.endpoint import EndpointParams, open_endpoints
 from agent.protocol import DONE, system_prompt
 from agent.responses import Completion, Responses
 from agent.spend import EndpointFailure, Spend, Stopped
-from agent.wire import retry_after
+from agent.wire import ignores_schema, retry_after
 from schemas.action import TOOLS, action_json_schema, parse_action
 from schemas.errors import InputError
 from simulator.actors import Player, Rates
@@ -276,6 +276,14 @@ def test_a_stage_that_is_stopped_does_not_wait_first():
 @pytest.mark.parametrize("header, wait_s", [(None, None), ("", None), ("soon", None), ("nan", None), ("-3", 0.0), ("2.5", 2.5), ("inf", None)])
 def test_a_retry_after_that_says_nothing_is_not_kept(header, wait_s):
     assert retry_after(header) == wait_s
+
+
+@pytest.mark.parametrize("text, ignored", [
+    (STEP, False), (STEP.replace("Yes.", "Yes.\n\tIndeed."), False), (STEP.replace('"Yes."', "null"), False), (STEP.replace("{", "{\n", 1), False),
+    ("Yes.\n", True), (f"Sure!\n{STEP}", True), (STEP.replace('"reply"', '"refund"'), True), (STEP[:-1], True), ("", True)])
+def test_only_a_text_of_another_form_shows_that_a_schema_is_ignored(text, ignored):
+    """Not one with a line break in a string, which a server's grammar may let pass."""
+    assert ignores_schema(text) is ignored
 
 
 # Cache

@@ -14,7 +14,7 @@ from tests.helpers import inside
 from tests.reports import HOSTILE, report_inputs, report_repository
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None and "GITHUB_ACTIONS" not in os.environ, reason="no Chromium on this machine: apt-get install chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None and "GITHUB_ACTIONS" not in os.environ, reason="no Chromium here: apt-get install chromium")
 
 
 def made(folder, copies):
