@@ -26,9 +26,9 @@ from schemas.operating import Policy
 from stages._intervals import cluster_ratio
 from stages._policy import minutes
 from stages._rates import outcomes
-from stages._revisions import OPERATING_POINT, WORKSPACE, Side, has_file, predictions, read_json, same_turns
+from stages._revisions import OPERATING_POINT, PREDICTIONS, WORKSPACE, Side, has_file, predictions, read_json, same_turns
 from stages._show import markdown, plain
-from stages._stage import Params, load_params, run
+from stages._stage import PARAMS, Params, load_params, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 DETAIL = Path("metrics/calibrate_detail.json")
 EXACT = Path("metrics/eval_exact_counts.json")
 JUDGE = Path("metrics/eval_judge_counts.json")
+INPUTS = (PARAMS, DETAIL, EXACT, JUDGE, OPERATING_POINT, PREDICTIONS)
+"""What it judges by, in the workspace."""
 PASS, FAIL, CANNOT_TELL, SKIPPED = "pass", "fail", "cannot tell", "skipped"
 WORST_FIRST = (FAIL, CANNOT_TELL, PASS)
 POOLED = "pooled"

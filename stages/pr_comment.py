@@ -23,11 +23,10 @@ import numpy as np
 
 from schemas.errors import InputError
 from stages._stage import run
+from stages.gate import INPUTS
 
 EXACT = Path("metrics/eval_exact.json")
 JUDGE = Path("metrics/eval_judge.json")
-JUDGED = ("params.yaml", "metrics", "models", "data/eval_exact")
-"""What the gate reads lies in these."""
 MARKER = "<!-- handoff: results of this pull request -->"
 """By this first line the workflow finds the comment that it updates."""
 LIMIT = 65_536
@@ -115,8 +114,8 @@ def revision(name: str) -> str:
 
 
 def uncommitted() -> list[str]:
-    """The files under what the gate judges that are not as HEAD has them."""
-    status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "-z", "--", *JUDGED], capture_output=True, text=True, check=True)
+    """What the gate judges by and HEAD has otherwise."""
+    status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "-z", "--", *INPUTS], capture_output=True, text=True, check=True)
     return [line[3:] for line in status.stdout.split("\0") if line]
 
 
