@@ -115,8 +115,8 @@ def revision(name: str) -> str:
 
 def uncommitted() -> list[str]:
     """What the gate judges by and HEAD has otherwise."""
-    status = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "-z", "--", *INPUTS], capture_output=True, text=True, check=True)
-    return [line[3:] for line in status.stdout.split("\0") if line]
+    found = subprocess.run(["git", "diff", "--name-only", "-z", "HEAD", "--", *INPUTS], capture_output=True, text=True, check=True)
+    return found.stdout.rstrip("\0").split("\0") if found.stdout else []
 
 
 def judged(module: str, *arguments: str) -> tuple[int, Block]:
@@ -263,15 +263,15 @@ def _even(points: np.ndarray) -> np.ndarray:
 
 def sections(base: str, rev: str, names: tuple[str, str]) -> Iterator[Block]:
     """The comment's parts, what decides first and what is long last; `names` is what the revisions are called in them."""
-    if revision(rev) == revision("HEAD") and (changed_here := uncommitted()):
+    if revision(rev) != revision("HEAD"):
+        yield Block([f"### Gate: not asked\n\nIt judges what is checked out, and that is not {code(rev)}."])
+    elif changed_here := uncommitted():
         yield Block([f"### Gate: not asked\n\nIt judges what is checked out, and there {', '.join(map(code, changed_here))} "
                      f"{'is' if len(changed_here) == 1 else 'are'} not as committed."])
-    elif revision(rev) == revision("HEAD"):
+    else:
         state, gate = judged("stages.gate", "--base", base)
         yield Block([f"### Gate: {'passed' if state == 0 else 'not passed'}"])
         yield gate
-    else:
-        yield Block([f"### Gate: not asked\n\nIt judges what is checked out, and that is not {code(rev)}."])
     yield Block(["### Paired comparison"])
     yield judged("stages.compare", base, rev)[1]
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.test_sharing import call
 
 ROOT = Path(__file__).parent.parent
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -104,12 +105,6 @@ def test_dvc_commands_work_as_they_come(command):
     assert done.returncode == 0, done.stderr
 
 
-def call(*command, cwd, **environment):
-    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-    return done.stdout
-
-
 @pytest.mark.long
 def test_the_data_stages_write_what_the_committed_lock_names(tmp_path):
     """On this machine too, whichever wrote the lock."""
@@ -120,14 +115,14 @@ def test_the_data_stages_write_what_the_committed_lock_names(tmp_path):
         named = {out["path"]: out["md5"] for out in lock[stage]["outs"]}
         for path in named:
             (clone / path).unlink(missing_ok=True)
-        call(sys.executable, "-m", f"stages.{stage}", cwd=clone, PYTHONPATH=str(clone), HANDOFF_CACHE=str(tmp_path / "cache"))
+        call(sys.executable, "-m", f"stages.{stage}", cwd=clone, env={"PYTHONPATH": str(clone), "HANDOFF_CACHE": str(tmp_path / "cache")})
         assert {path: hashlib.md5((clone / path).read_bytes()).hexdigest() for path in named} == named
 
 
 @pytest.mark.long
 def test_a_clone_pulls_what_this_repository_committed_and_has_nothing_to_run(tmp_path):
     """All stages with their real outputs, through a folder as remote; tests/test_sharing.py has the same through S3, without a model."""
-    if json.loads(call("dvc", "status", "--json", cwd=ROOT)):
+    if json.loads(call("dvc", "status", "--json", cwd=ROOT).stdout):
         pytest.skip("needs a workspace with the outputs of the committed run: dvc repro, or dvc pull")
     for name in ("first", "second"):
         call("git", "clone", "--quiet", "--shared", str(ROOT), name, cwd=tmp_path)
@@ -136,5 +131,5 @@ def test_a_clone_pulls_what_this_repository_committed_and_has_nothing_to_run(tmp
     call("dvc", "push", cwd=tmp_path / "first")
     second = tmp_path / "second"
     call("dvc", "pull", cwd=second)
-    assert call("dvc", "status", cwd=second).strip() == "Data and pipelines are up to date."
-    assert "Running" not in call("dvc", "repro", cwd=second) and not call("git", "status", "--porcelain", cwd=second)
+    assert call("dvc", "status", cwd=second).stdout.strip() == "Data and pipelines are up to date."
+    assert "Running" not in call("dvc", "repro", cwd=second).stdout and not call("git", "status", "--porcelain", cwd=second).stdout
