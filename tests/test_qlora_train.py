@@ -57,8 +57,17 @@ def model():
 SHARED, WHOLE = Collator(share=True), Collator(share=False)
 
 
+def collated(batch, collator=SHARED):
+    """A batch where the model is, as the trainer hands it on."""
+    return {name: tensor.to(base().device) for name, tensor in collator(batch).items()}
+
+
+def ids_of(example):
+    return torch.tensor([example.encoded.ids], device=base().device)
+
+
 def nll(model, batch, collator=SHARED):
-    return supervised_nll(model, collator(batch), collator.share)
+    return supervised_nll(model, collated(batch, collator), collator.share)
 
 
 def gradients(model, batch, collator=SHARED):
@@ -79,11 +88,11 @@ def test_sharing_the_prefix_gives_the_gradient_of_whole_conversations(model):
 def test_conversations_in_one_line_do_not_see_each_other(model):
     """Their logits are those of each conversation alone, in transformers' own attention."""
     batch = encode("search", "handoff", "long")
-    line = SHARED(batch)
+    line = collated(batch)
     with torch.no_grad():
         packed = model.get_output_embeddings()(read_packed(model, line["prefix"], line["rows"], line["lengths"].tolist()))
         for example, logits in zip(batch, packed.split(line["lengths"].tolist()), strict=True):
-            alone = model(input_ids=torch.tensor([example.encoded.ids])).logits[0, example.encoded.prefix:]
+            alone = model(input_ids=ids_of(example)).logits[0, example.encoded.prefix:]
             assert torch.allclose(logits, alone, atol=1e-3) and torch.equal(logits.argmax(-1), alone.argmax(-1))
 
 
@@ -130,7 +139,7 @@ def test_states_are_computed_once_for_the_same_weights(model, tmp_path, monkeypa
 
 
 def test_a_model_made_of_some_layers_is_whole_again_afterwards(model):
-    ids = torch.tensor([encode("handoff")[0].encoded.ids])
+    ids = ids_of(encode("handoff")[0])
 
     def read(states):
         return read_packed(model, states[:, :5], states[:, 5:], [states.shape[1] - 5])
@@ -177,10 +186,11 @@ def test_copies_weigh_as_much_in_a_batch_of_their_own():
 
 def test_the_loss_is_the_models_own_loss_on_the_agents_tokens(model):
     example, = encode("search")
-    ids, labels = torch.tensor([example.encoded.ids]), torch.tensor([example.encoded.labels()])
+    ids = ids_of(example)
+    labels = torch.tensor([example.encoded.labels()], device=ids.device)
     with torch.no_grad():
         total, theirs = nll(model, [example]), model(input_ids=ids, labels=labels).loss
-    assert total / tokens_a_step([[example]]) == pytest.approx(theirs.item(), rel=1e-4)
+    assert total.item() / tokens_a_step([[example]]) == pytest.approx(theirs.item(), rel=1e-4)
 
 
 def test_the_loss_in_pieces_is_that_of_all_logits(monkeypatch):
