@@ -37,6 +37,7 @@ class JudgeCounted(_Known):
     """One model on one company."""
 
     acceptable: Counted
+    unscored: Counted
 
 
 class ExactCounts(RootModel[Annotated[dict[str, dict[Model, ExactCounted]], Field(min_length=1)]]):
@@ -176,10 +177,31 @@ class Costs(_Known):
     needless_minutes: float = Field(ge=0)
 
 
+class Compared(_Known):
+    """Two sides on the same turns: B - A, with the interval and the p that draw whole conversations."""
+
+    k_a: Count
+    k_b: Count
+    n: Count
+    difference: float | None
+    low: float | None
+    high: float | None
+    cluster_p: Rate
+
+
+class Compareds(_Known):
+    """What decides about hand-offs, compared."""
+
+    escalate_recall: Compared
+    over_escalation: Compared
+
+
 class CalibrateDetail(_Known):
     """`metrics/calibrate_detail.json`."""
 
+    rule: str
     costs: Costs
     held_out: HeldOut
+    against_yardsticks: dict[str, Compareds] = Field({}, description="empty in a revision from before they were compared")
     worst_company: WorstCompany
     warnings: list[str]

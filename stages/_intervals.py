@@ -8,6 +8,7 @@ says nothing where a rate is 0 or 1: read the Wilson interval there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import ceil, sqrt
 from typing import Any
 
@@ -43,11 +44,14 @@ def by_conversation(conversations: Sequence[str], *values: Any) -> list[Any]:
     return [np.bincount(where, weights=np.asarray(value, dtype=float)) for value in values]
 
 
+@lru_cache(maxsize=8)
 def _weights(clusters: int) -> Any:
     """How often each conversation is drawn: array (DRAWS, clusters), the same for the same number of conversations."""
     import numpy as np
 
-    return np.random.default_rng(SEED).multinomial(clusters, np.full(clusters, 1 / clusters), size=DRAWS)
+    drawn = np.random.default_rng(SEED).multinomial(clusters, np.full(clusters, 1 / clusters), size=DRAWS)
+    drawn.flags.writeable = False
+    return drawn
 
 
 def _percentiles(draws: Any) -> tuple[float, float] | None:

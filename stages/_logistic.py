@@ -54,16 +54,17 @@ def logistic(strength: float) -> Any:
     return LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
 
 
-def best_strength(features: Any, handoff: Any, companies: Any) -> tuple[float, float]:
+def best_strength(model: Callable[[float], Any], features: Any, handoff: Any, companies: Any) -> tuple[float, float]:
     """The inverse regularisation with the highest AUC on left-out companies, and that AUC; the stronger one of equals.
 
     Args:
+        model: makes an unfitted one of a strength; whatever it learns of the features, it learns without the left-out company.
         features: array (n, d).
         handoff: which of the n turns hand off.
         companies: the company of each.
     """
-    auc = {strength: left_out_auc(partial(logistic, strength), features, handoff, companies)
-           for strength in tqdm(STRENGTHS, desc="hand-off score: regularisation", unit="strength", file=sys.stderr)}
+    auc = {strength: left_out_auc(partial(model, strength), features, handoff, companies)
+           for strength in tqdm(STRENGTHS, desc="regularisation", unit="strength", file=sys.stderr)}
     best = max(auc, key=lambda strength: (auc[strength], -strength))
     return best, auc[best]
 

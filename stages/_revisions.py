@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from schemas.errors import InputError
 from schemas.operating import OperatingPoint, Policy
@@ -125,13 +125,23 @@ def predictions(side: Side) -> pl.DataFrame:
 
 
 def held_out_hash(rev: str) -> str | None:
-    """The MD5 of the held-out conversations that a revision's eval_exact read, by its dvc.lock; None where there is none."""
+    """The MD5 of the held-out conversations that a revision's eval_exact read, by its dvc.lock; None where there is none.
+
+    Raises:
+        InputError: the lock file is no YAML.
+    """
     try:
         lock = yaml.safe_load(read_revision(LOCK, rev))
     except InputError:
         return None
-    deps = lock.get("stages", {}).get("eval_exact", {}).get("deps", [])
-    return next((dep.get("md5") for dep in deps if dep["path"] == HELD_OUT), None)
+    except yaml.YAMLError as error:
+        raise InputError(f"{LOCK} of '{rev}' is not YAML: {' '.join(str(error).split())[:200]}",
+                         "git checkout brings the committed one back; a merge leaves its marks in it until they are resolved") from None
+    try:
+        deps = lock["stages"]["eval_exact"]["deps"]
+        return next((dep.get("md5") for dep in deps if dep["path"] == HELD_OUT), None)
+    except (KeyError, TypeError):
+        return None
 
 
 def same_turns(a: Side, b: Side, left: pl.DataFrame, right: pl.DataFrame) -> None:
@@ -154,12 +164,15 @@ def same_turns(a: Side, b: Side, left: pl.DataFrame, right: pl.DataFrame) -> Non
 def same_grader(a: str, b: str) -> None:
     """Refuse two revisions that read the same text as different steps, whatever their thresholds then make of the steps.
 
+    Every decoding counts, also those that no figure is taken from: a student that was trained again says hardly anything
+    twice, the base model says all of it twice.
+
     Raises:
         InputError: the grader changed between them.
     """
     import polars as pl
 
-    left, right = (predictions(Side(rev, Policy.PLAIN)) for rev in (a, b))
+    left, right = (parse_predictions(read_revision(PREDICTIONS, rev), f"{PREDICTIONS} of '{rev}'", with_score=False) for rev in (a, b))
     keys = ["conversation_id", "index", "model", "decoding", "raw"]
     both = left.join(right, on=keys, how="inner", suffix="_b")
     if changed := len(both.filter(pl.col("action").ne_missing(pl.col("action_b")))):
@@ -167,13 +180,16 @@ def same_grader(a: str, b: str) -> None:
                          "dvc repro eval_exact in the older one, with the newer code, makes them comparable")
 
 
-def read_json(path: Path, rev: str) -> Any:
-    """A JSON file of a revision.
+def read_json(path: Path, rev: str, model: type[BaseModel]) -> dict[str, Any]:
+    """A JSON file of a revision, as it is once `model` has read it.
 
     Raises:
-        InputError: it is not there, or is no JSON.
+        InputError: it is not there, or is no such file.
     """
     try:
-        return json.loads(read_revision(path, rev))
+        content: dict[str, Any] = json.loads(read_revision(path, rev))
+        model.model_validate(content)
     except ValueError as error:
-        raise InputError(f"{path} of '{rev}' is not JSON: {error}", "git checkout brings the committed file back") from None
+        raise InputError(f"{path} of '{rev}' cannot be read: {' '.join(str(error).split())[:200]}",
+                         "git checkout brings the committed file back") from None
+    return content

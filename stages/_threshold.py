@@ -13,7 +13,8 @@ from schemas.operating import Rule
 
 CLIP = 1e-6
 NOTE = ("The bound holds for turns that are exchangeable with the calibration turns. Those come from the training companies; a turn of a new "
-        "company is not exchangeable with them, so for a new company it is a starting point and no guarantee.")
+        "company is not exchangeable with them, so for a new company it is a starting point and no guarantee. The same calibration "
+        "turns were looked at when the score was chosen, so for the training companies too it is not exact.")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,12 @@ def choose(scores: Any, handoff: Any, rule: Rule, cost_missed: float, cost_needl
     possible = cuts(scores, handoff)
     if rule is Rule.EXPECTED_COST:
         return min(possible, key=lambda cut: (cut.missed * cost_missed + cut.needless * cost_needless, cut.missed))
-    return min((cut for cut in possible if cut.needless <= max_over_escalation * cut.others), key=lambda cut: (cut.missed, cut.needless))
+    return min((cut for cut in possible if cut.needless <= allowed(max_over_escalation, cut.others)), key=lambda cut: (cut.missed, cut.needless))
+
+
+def allowed(share: float, others: int) -> int:
+    """How many of the turns that need no person may be handed off; 29 of 100 at 0.29, which is 28.999999999999996 of them."""
+    return floor(share * others + 1e-9)
 
 
 def in_words(rule: Rule, cost_missed: float, cost_needless: float, max_over_escalation: float) -> str:

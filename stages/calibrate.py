@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,7 @@ from schemas.yardsticks import Yardstick, YardstickScores
 from stages._curve_svg import Mark, draw
 from stages._intervals import WANTED, clopper_pearson_upper, cluster_auc, cluster_ratio, turns_needed
 from stages._logistic import ranking
+from stages._paired import compare_pairs
 from stages._policy import SCORE, minutes, parse_predictions, scored_rows, tuned
 from stages._rates import clustered_rate, outcomes, rate
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
@@ -50,8 +51,8 @@ class CalibrateParams(Params):
 
     rule: Annotated[Rule, BeforeValidator(lambda text: Rule(text))]
     max_over_escalation: float = Field(ge=0, le=1, description="share of the turns that need no person")
-    cost_missed: float = Field(ge=0, description="minutes that a missed hand-off costs; an assumption")
-    cost_needless: float = Field(ge=0, description="minutes that a needless hand-off costs; an assumption")
+    cost_missed: float = Field(ge=0, allow_inf_nan=False, description="minutes that a missed hand-off costs; an assumption")
+    cost_needless: float = Field(ge=0, allow_inf_nan=False, description="minutes that a needless hand-off costs; an assumption")
     conformal_miss_rate: float = Field(gt=0, lt=1)
 
 
@@ -150,6 +151,12 @@ def measured(rows: pl.DataFrame, point: Point, params: CalibrateParams, with_pla
         "auc": areas(rows), **probabilities(rows, point, with_bins)}
 
 
+def against(yardstick: pl.DataFrame, student: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """rate -> a `Paired`: the student under its threshold (B) and a yardstick under its own (A), on the same turns in the same order."""
+    a, b = outcomes(yardstick), outcomes(student)
+    return {name: asdict(compare_pairs(a[name]["conversation_id"].to_list(), a[name]["hit"], b[name]["hit"])) for name in WANTED}
+
+
 def worst(by_company: dict[str, dict[str, Any]], model: str) -> dict[str, Any]:
     """For recall, over-escalation and cost the company where it is worst at the threshold: the figure there, and as the model decodes (`plain`)."""
     def share(company: str, name: str, without_turns: float) -> float:
@@ -179,6 +186,10 @@ def warnings_of(points: dict[str, Point], by_company: dict[str, dict[str, Any]],
         if point.bound["refused"]:
             found.append(f"{model}: {point.bound['refused']}")
     for company, models in by_company.items():
+        bounded = models["student"].get("at_conformal", {}).get("escalate_recall")
+        if bounded and bounded["high"] < 1 - params.conformal_miss_rate:
+            found.append(f"{company}: the conformal threshold misses {bounded['n'] - bounded['k']}/{bounded['n']} hand-offs; that they are at most "
+                         f"{100 * params.conformal_miss_rate:g} % holds for turns like the calibration ones and does not carry over to this company")
         over = models["student"]["at_threshold"]["over_escalation"]
         if params.rule is Rule.MAX_OVER_ESCALATION and over["low"] > params.max_over_escalation:
             found.append(f"{company}: over-escalation {over['k']}/{over['n']} is above the {100 * params.max_over_escalation:g} % that the threshold "
@@ -272,7 +283,10 @@ def main() -> None:
             "over_escalation": rate(point.cut.needless, point.cut.others),
             "recalibration": {"method": "platt", "slope": point.slope, "intercept": point.intercept}, "conformal": point.bound}
             for model, point in points.items()},
-        "held_out": found, "worst_company": {model: worst(by_company, model) for model in points}})
+        "held_out": found,
+        "against_yardsticks": {name.value: against(*(tuned(held_out[model], points[model].cut.threshold) for model in (name.value, "student")))
+                               for name in Yardstick},
+        "worst_company": {model: worst(by_company, model) for model in points}})
     write_plots(held_out, found[POOLED])
     changes = "; ".join(f"{company} {_change(models['student'])}" for company, models in by_company.items())
     say(f"calibrate, student as it decodes -> at the threshold: {changes}")

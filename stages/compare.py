@@ -18,11 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from schemas.counts import JudgeCounts
 from schemas.errors import InputError
 from schemas.operating import Policy
 from schemas.tables import Judgements
 from stages._intervals import WANTED, turns_needed
-from stages._paired import Paired, compare_pairs
+from stages._paired import FEWEST_CHANGED, Paired, compare_pairs
 from stages._rates import outcomes
 from stages._revisions import Side, predictions, read_json, read_revision, same_grader, same_turns
 from stages._show import markdown, plain
@@ -63,23 +64,17 @@ def verdicts(rev: str) -> pl.DataFrame:
 
     try:
         return Judgements.validate(pl.read_parquet(io.BytesIO(read_revision(JUDGEMENTS, rev))))
-    except (pandera.errors.SchemaError, pl.exceptions.PolarsError) as error:
+    except (pandera.errors.SchemaError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         why = " ".join(str(error).split())[:120]
         raise InputError(f"{JUDGEMENTS} of '{rev}' is no Judgements table: {why}", "dvc repro --force eval_judge") from None
 
 
-def same_judge(a: Side, b: Side) -> None:
+def same_judge(a: Side, b: Side, names: list[str]) -> None:
     """Refuse to set one judge's verdicts against another's.
 
     Raises:
         InputError: two judges, for instance the simulator and a model.
     """
-    names = []
-    for side in (a, b):
-        try:
-            names.append(read_json(JUDGE, side.rev)["judge"])
-        except InputError:
-            return
     if names[0] != names[1]:
         raise InputError(f"{a.rev} was judged by '{names[0]}' and {b.rev} by '{names[1]}': their verdicts cannot be compared",
                          "--no-judge leaves 'acceptable' out; or run eval_judge with one judge in both")
@@ -112,11 +107,19 @@ def compare(a: Side, b: Side, with_judge: bool = True) -> tuple[list[dict[str, A
     left, right = (rows.filter(pl.col("model").is_in(models)) for rows in (left, right))
     same_turns(a, b, left, right)
     same_grader(a.rev, b.rev)
-    judge_counts = with_judge and a.policy is b.policy is Policy.PLAIN
-    if judge_counts:
-        same_judge(a, b)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
+    judge_counts = with_judge and a.policy is b.policy is Policy.PLAIN
+    if with_judge and not judge_counts:
+        notes.append("acceptable is not compared: the judge saw what the models decoded, not what the threshold makes of it")
+    if judge_counts:
+        try:
+            names = [read_json(JUDGE, side.rev, JudgeCounts)["judge"] for side in (a, b)]
+        except InputError as error:
+            judge_counts = False
+            notes.append(f"acceptable is not compared, for who judged is not known: {error} (hint: {error.hint})")
+        else:
+            same_judge(a, b, names)
     for model in models:
         mine, other = (side.filter(pl.col("model") == model) for side in (left, right))
         if model == "base" and mine.sort(TURN)["action"].equals(other.sort(TURN)["action"]):
@@ -132,14 +135,16 @@ def compare(a: Side, b: Side, with_judge: bool = True) -> tuple[list[dict[str, A
         rows += [{"company": company, "model": model, "rate": name, **asdict(pair)}
                  for company, rates in found.items() for name, pair in rates.items()]
         notes += too_few(found[POOLED], model)
-    if with_judge and not judge_counts:
-        notes.append("acceptable is not compared: the judge saw what the models decoded, not what the threshold makes of it")
     return rows, notes
 
 
 def too_few(pooled: dict[str, Paired], model: str) -> list[str]:
-    """A note for each rate whose turns, differing as often as they do here, could not show the change that one would want to see."""
-    notes = []
+    """A note for each rate whose turns, differing as often as they do here, could not show the change that one would want to see.
+
+    And one where the interval rests on too few conversations to be believed.
+    """
+    notes = [f"{model}: {name} changed in {of.changed} conversation{'s'[:of.changed > 1]} only, too few for its interval: go by p"
+             for name, of in pooled.items() if 0 < of.changed < FEWEST_CHANGED]
     for name, (change, _) in WANTED.items():
         n = pooled[name].n
         if n and n < (needed := turns_needed(change, (pooled[name].gained + pooled[name].lost) / n)):

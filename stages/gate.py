@@ -2,10 +2,11 @@
 
     python -m stages.gate [--base REV] [--format plain|markdown|json]
 
-Exit code 0 if every rule passes, else 1. What is judged is what ships, the student under its threshold; what it does without
-stands beside. A rule passes only if the whole 95 % interval is on the right side, fails only if all of it is on the wrong one,
-and otherwise cannot tell, which fails unless `cannot_tell_passes`. Of a rate, the wider of the Wilson interval and the one that
-draws whole conversations counts. No rule is about `acceptable`: a judge lets a needless hand-off pass.
+Exit code 0 if every rule passes that was asked, else 1; without a base revision the cost is not asked. What is judged is what ships,
+the student under its threshold; what it does without stands beside. A rule passes only if the whole 95 % interval is on the right
+side, fails only if all of it is on the wrong one, and otherwise cannot tell, which fails unless `cannot_tell_passes`. Of a rate, the
+wider of the Wilson interval and the one that draws whole conversations counts; the cost has the latter alone, which a few changed
+conversations do not make good enough to tell by. No rule is about `acceptable`: a judge lets a needless hand-off pass.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from schemas.counts import CalibrateDetail, ExactCounts, JudgeCounts
 from schemas.errors import InputError
 from schemas.operating import Policy
-from stages._intervals import cluster_ratio
+from stages._intervals import by_conversation, cluster_ratio
+from stages._paired import FEWEST_CHANGED
 from stages._policy import minutes
 from stages._rates import outcomes
-from stages._revisions import OPERATING_POINT, PREDICTIONS, WORKSPACE, Side, has_file, predictions, read_json, same_turns
+from stages._revisions import OPERATING_POINT, PREDICTIONS, WORKSPACE, Side, has_file, predictions, read_json, same_grader, same_turns
 from stages._show import markdown, plain
 from stages._stage import PARAMS, Params, load_params, run
 
@@ -153,7 +156,7 @@ def cost_rule(base: str | None, limit: float, costs: dict[str, float]) -> Verdic
     """The cost a turn must not be shown to be, nor left open to be, more than `limit` above the base revision's, on the same turns.
 
     Raises:
-        InputError: the base revision has no data, or was measured on other turns.
+        InputError: the base revision has no data, or was measured on other turns or by another grader.
     """
     rule, wanted = "expected cost, upper limit of the increase", f"≤ {limit:+.2f} min"
     if base is None:
@@ -161,14 +164,18 @@ def cost_rule(base: str | None, limit: float, costs: dict[str, float]) -> Verdic
     old, new = what_ships(base), Side(WORKSPACE, Policy.TUNED)
     rows_old, rows_new = student(old), student(new)
     same_turns(old, new, rows_old, rows_new)
+    same_grader(base, WORKSPACE)
     before, after, without = (minutes(rows, costs["missed_minutes"], costs["needless_minutes"])
                               for rows in (rows_old, rows_new, student(Side(WORKSPACE, Policy.PLAIN))))
-    interval = cluster_ratio(rows_new["conversation_id"].to_list(), after - before, [1.0] * len(after))
+    conversations = rows_new["conversation_id"].to_list()
+    interval = cluster_ratio(conversations, after - before, [1.0] * len(after))
     if interval is None:
         return Verdict(rule, wanted, "–", "–", "–", CANNOT_TELL, "there are no turns")
     (low, high), increase = interval, float((after - before).mean())
     verdict = PASS if high <= limit else FAIL if low > limit else CANNOT_TELL
     why = why_not(more_turns_of_mean(increase, low, high, len(after), limit), "turns") if verdict == CANNOT_TELL else ""
+    if 0 < (changed := int((by_conversation(conversations, after - before)[0] != 0).sum())) < FEWEST_CHANGED:
+        verdict, why = CANNOT_TELL, f"only {changed} of {len(set(conversations))} conversations cost something else, too few for an interval"
     return Verdict(rule, wanted, f"{increase:+.2f} min against {old}", f"{low:+.2f} to {high:+.2f}", f"{(without - before).mean():+.2f} min",
                    verdict, why)
 
@@ -244,7 +251,8 @@ def main() -> None:
     parser.add_argument("--format", choices=["plain", "markdown", "json"], default="plain")
     options = parser.parse_args()
     params = load_params("gate", GateParams)
-    detail, exact, judge = (read_json(path, WORKSPACE) for path in (DETAIL, EXACT, JUDGE))
+    detail, exact, judge = (read_json(path, WORKSPACE, model) for path, model in (
+        (DETAIL, CalibrateDetail), (EXACT, ExactCounts), (JUDGE, JudgeCounts)))
     check_detail(detail)
     verdicts = judge_rules(params, detail, exact, judge, options.base)
     passed = passes(verdicts, params)
@@ -254,7 +262,8 @@ def main() -> None:
         table = [["rule", "wanted", "at the threshold", "95 % interval", "without", "verdict"],
                  *([v.rule, v.wanted, v.value, v.interval, v.plain, v.verdict + (f": {v.why}" if v.why else "")] for v in verdicts)]
         print((markdown if options.format == "markdown" else plain)(table) + "\n")
-        print(f"Judge: {judge['judge']}. The gate {'passes' if passed else 'does not pass'}.")
+        unasked = "" if options.base else "; whether the cost rose was not asked"
+        print(f"Judge: {judge['judge']}. The gate {'passes' if passed else 'does not pass'}{unasked}.")
     sys.exit(0 if passed else 1)
 
 

@@ -102,8 +102,11 @@ def fit(states: np.ndarray, said: list[str], handoff: np.ndarray, companies: np.
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    strength, _ = best_strength(StandardScaler().fit_transform(states), handoff, companies)
-    probe, words = make_pipeline(StandardScaler(), logistic(strength)), bag_of_words_model()
+    def probe_of(strength: float) -> Any:
+        return make_pipeline(StandardScaler(), logistic(strength))
+
+    strength, _ = best_strength(probe_of, states, handoff, companies)
+    probe, words = probe_of(strength), bag_of_words_model()
     left_out = np.column_stack([left_out_log_odds(model, features, handoff, companies)
                                 for model, features in ((probe, states), (words, np.array(said, dtype=object)))])
     stack = logistic(1.0).fit(left_out, handoff)

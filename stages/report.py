@@ -89,8 +89,10 @@ def read_metrics(path: Path, model: type[BaseModel] | None = None, text: bytes |
     return content
 
 
-def read_revision(revision: str) -> tuple[dict[str, Any], pl.DataFrame]:
+def read_revision(revision: str, judge: str) -> tuple[dict[str, Any], pl.DataFrame]:
     """The counts of both evaluations, and the predictions, as a revision of the repository holds them.
+
+    Without `acceptable` if another one than `judge` said so: two judges' verdicts cannot be compared.
 
     Raises:
         InputError: there is no such revision, it lacks one of them, or it was measured on other turns or by another grader.
@@ -108,7 +110,8 @@ def read_revision(revision: str) -> tuple[dict[str, Any], pl.DataFrame]:
     now, before = (Side(rev, Policy.PLAIN) for rev in (WORKSPACE, revision))
     same_turns(now, before, predictions_of(now), predictions_of(before))
     same_grader(now.rev, before.rev)
-    return with_judge(read_metrics(EXACT, ExactCounts, exact), read_metrics(JUDGED, JudgeCounts, judged)), predictions
+    counts, verdicts = read_metrics(EXACT, ExactCounts, exact), read_metrics(JUDGED, JudgeCounts, judged)
+    return with_judge(counts, verdicts) if verdicts["judge"] == judge else counts, predictions
 
 
 def read_curve(scorer: str) -> figures.Curve:
@@ -131,14 +134,15 @@ def with_judge(exact: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:
 
 
 def results(counts: dict[str, Any], before: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """One table for all companies together and one for each: a row a rate, a column a model."""
+    """One table for all companies together and one for each: a row a rate, a column a model; None where a model has no such rate."""
     if before:
         counts = {company: models | ({"compared": before[company]["student"]} if company in before else {}) for company, models in counts.items()}
     tables = []
     for title, chosen in [("all held-out companies", counts), *((company, {company: models}) for company, models in counts.items())]:
         models = [name for name in words.MODELS if all(name in company for company in chosen.values())]
         tables.append({"title": title, "models": models, "rows": [
-            {"name": name, "rates": [pooled(chosen, model, name) for model in models]} for name in words.RATES]})
+            {"name": name, "rates": [pooled(chosen, model, name) if all(name in company[model] for company in chosen.values()) else None
+                                     for model in models]} for name in words.RATES]})
     return tables
 
 
@@ -203,21 +207,22 @@ def gate(base: str | None) -> dict[str, Any]:
     return {"error": done.stderr.strip().partition("\n")[0].removeprefix("error: ")}
 
 
-def score_figures(counts: dict[str, Any], found: dict[str, Any], judged: dict[str, Any], slice_of: int) -> dict[str, Any]:
+def score_figures(counts: dict[str, Any], calibrated: dict[str, Any], judged: dict[str, Any], slice_of: int) -> dict[str, Any]:
     """What there is about hand-offs and their score: the answer on the first screen, and the charts.
 
     Args:
         counts: company -> model -> rates, as the models decode.
-        found: `held_out` of CALIBRATED, by company and of all together.
+        calibrated: what CALIBRATED holds.
         judged: what the gate says.
         slice_of: scenarios a company of a run on a slice, else 0.
     """
+    found, against = calibrated["held_out"], calibrated.get("against_yardsticks", {}).get("bag_of_words")
     chosen = {name: models["student"]["at_threshold"] for name, models in found.items()}
     curves = {name: read_curve(name) for name in words.SCORERS}
     everything = {model: {name: pooled(counts, model, name) for name in words.RATES} for model in SCORED}
     at = chosen[POOLED]
     return {
-        "verdict": figures.verdict(at["escalate_recall"], at["over_escalation"], curves["bag_of_words"], judged.get("passed"), slice_of),
+        "verdict": figures.verdict(at["escalate_recall"], at["over_escalation"], curves["bag_of_words"], against, judged.get("passed"), slice_of),
         "operating": [figures.operating("all held-out companies", everything, at, curves), *(
             figures.operating(company, models, chosen[company], {name: figures.at_5_percent(found[company][name]["auc"]) for name in words.SCORERS})
             for company, models in counts.items())],
@@ -234,10 +239,10 @@ def main() -> None:
     trained, point = read_metrics(TRAINED, QloraTrainMetrics), read_metrics(POINT, OperatingPoint)
     calibrated = read_metrics(CALIBRATED, CalibrateDetail)
     exact, judged = read_metrics(EXACT, ExactCounts), read_metrics(JUDGED, JudgeCounts)
-    before, compared = read_revision(params.compare_with) if params.compare_with else (None, None)
+    before, compared = read_revision(params.compare_with, judged["judge"]) if params.compare_with else (None, None)
     counts = with_judge(exact, judged)
     judgement = gate(params.compare_with)
-    scores = score_figures(counts, calibrated["held_out"], judgement, generated["scenarios_per_company"])
+    scores = score_figures(counts, calibrated, judgement, generated["scenarios_per_company"])
     conversations = viewer.conversations(held_out, rejected, viewer.predicted(predictions, judgements, compared))
     played = {"teacher": generated["teacher"], "customer": generated["customer"], "judge": judged["judge"]}
     write_page(render(scores | {

@@ -42,7 +42,7 @@ from stages._conversations import encode_table
 from stages._rates import rate
 from stages._show import markdown
 from stages._stage import PARAMS, load_params, read_table, run, say, write_metrics, write_table
-from stages._threshold import in_words
+from stages._threshold import allowed, in_words
 from stages.calibrate import CalibrateParams
 from stages.eval_exact import CALIBRATION, HELD_OUT, gold_turns, parse_replies, score
 from stages.oversample import OVERSAMPLED, TRAIN, OversampleParams
@@ -78,7 +78,7 @@ def best(outcomes: dict[int, Outcome], rule: Rule, cost_missed: float, cost_need
     """
     if rule is Rule.EXPECTED_COST:
         return min(outcomes, key=lambda factor: (outcomes[factor].missed * cost_missed + outcomes[factor].needless * cost_needless, factor))
-    kept = {factor: (one.missed, one.needless) for factor, one in outcomes.items() if one.needless <= max_over_escalation * one.others}
+    kept = {factor: (one.missed, one.needless) for factor, one in outcomes.items() if one.needless <= allowed(max_over_escalation, one.others)}
     order = kept or {factor: (one.needless, one.missed) for factor, one in outcomes.items()}
     return min(order, key=lambda factor: (order[factor], factor))
 

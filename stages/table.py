@@ -11,7 +11,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from schemas.counts import CalibrateDetail, ExactCounts, JudgeCounts
 from schemas.errors import InputError
+from schemas.self_agreement import GenerationMetrics
 from stages._revisions import WORKSPACE, read_json
 from stages._show import markdown, plain
 from stages._stage import run
@@ -69,7 +71,8 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--rev", default=WORKSPACE)
     options = parser.parse_args()
-    exact, judge, generated = (read_json(path, options.rev) for path in (EXACT, JUDGE, GENERATED))
+    exact, judge, generated = (read_json(path, options.rev, model) for path, model in (
+        (EXACT, ExactCounts), (JUDGE, JudgeCounts), (GENERATED, GenerationMetrics)))
     table = rows(exact, judge)
     show = markdown if options.markdown else plain
     print(show(table))
@@ -77,7 +80,7 @@ def main() -> None:
     if generated["scenarios_per_company"]:
         print(f"A SLICE of {generated['scenarios_per_company']} scenarios a company, to see that it runs: the figures mean nothing.")
     try:
-        detail = read_json(CALIBRATED, options.rev)
+        detail = read_json(CALIBRATED, options.rev, CalibrateDetail)
     except InputError as error:
         print(f"\nNo operating point: {error}.")
         return

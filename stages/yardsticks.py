@@ -86,7 +86,7 @@ def main() -> None:
     texts = {name: part["said"].list.join("\n").to_numpy() for name, part in turns.items()}
     everything = embedded([said for part in turns.values() for said in part["said"].to_list()], folder)
     vectors = dict(zip(turns, np.split(everything, np.cumsum([len(part) for part in turns.values()])[:-1]), strict=True))
-    best, best_auc = best_strength(vectors["train"], handoff["train"], companies)
+    best, best_auc = best_strength(logistic, vectors["train"], handoff["train"], companies)
     bag = bag_of_words_model()
     fits = {
         Yardstick.BAG_OF_WORDS: (bag, texts, bag[-1].C, left_out_auc(bag_of_words_model, texts["train"], handoff["train"], companies)),

@@ -85,7 +85,9 @@ def lay_out(folder, rows=None, calibrated=None, **sections):
 def put_counts(folder, rows, judge="simulator", unscored=0, acceptable=1.0, valid=1.0):
     """metrics/eval_exact_counts.json and eval_judge_counts.json, as far as the gate and compare read them."""
     n = {company: len(rows.filter((pl.col("company") == company) & (pl.col("model") == "student"))) for company in rows["company"].unique()}
-    exact = {company: {"student": {"valid_output": rate(round(valid * count), count)}} for company, count in n.items()}
+    others = ("action_accuracy", "escalate_recall", "over_escalation")
+    exact = {company: {"student": {"valid_output": rate(round(valid * count), count), **dict.fromkeys(others, rate(0, count))}}
+             for company, count in n.items()}
     judged = {company: {"student": {"unscored": rate(unscored, count), "acceptable": rate(round(acceptable * count), count)}}
               for company, count in n.items()}
     (folder / "metrics/eval_exact_counts.json").write_text(json.dumps(exact))

@@ -175,6 +175,60 @@ def test_other_conversations_around_the_same_turns_are_refused(repository, tmp_p
     assert "other conversations around them" in refused(folder, "HEAD~1", "HEAD")[0]
 
 
+def copied(repository, tmp_path, revision):
+    """A clone at a revision, to change something in."""
+    folder = tmp_path / "copy"
+    sh(repository, "git", "clone", "-q", str(repository), str(folder))
+    sh(folder, "git", "checkout", "-q", revision)
+    return folder
+
+
+def test_a_changed_grader_is_seen_in_the_texts_that_no_figure_is_taken_from(repository, tmp_path):
+    """The student was trained again and says nothing twice; the base model's free texts are the same, and read differently."""
+    folder = copied(repository, tmp_path, "v2")
+    free = (pl.col("model") == "base") & (pl.col("decoding") == "free")
+    rows = predictions().with_columns(raw=pl.when(pl.col("model") == "student").then(pl.col("raw") + " again").otherwise("raw"))
+    lay_out(folder, rows)
+    assert compare(folder, "v2", "workspace", "--no-judge").returncode == 0
+    lay_out(folder, rows.with_columns(action=pl.when(free).then(pl.lit("clarify")).otherwise("action")))
+    assert "240 equal texts are read as different steps" in refused(folder, "v2", "workspace", "--no-judge")[0]
+
+
+@pytest.mark.parametrize("text", [None, "{}", "{"])
+def test_verdicts_of_nobody_knows_which_judge_are_not_compared(repository, tmp_path, text):
+    folder = copied(repository, tmp_path, "v2")
+    counts = folder / "metrics/eval_judge_counts.json"
+    counts.unlink()
+    if text:
+        counts.write_text(text)
+    rows, notes = rows_of(folder, "v2", "workspace")
+    assert not [key for key in rows if key[2] == "acceptable"]
+    assert sum(note.startswith("acceptable is not compared, for who judged") for note in notes) == 1
+
+
+@pytest.mark.parametrize("lock, told", [
+    ("<<<<<<< HEAD\nschema: '2.0'\n=======\n", "error: dvc.lock of 'workspace' is not YAML: "), ("", None), ("[]", None)])
+def test_a_lock_file_in_the_middle_of_a_merge_is_one_sentence(repository, tmp_path, lock, told):
+    folder = copied(repository, tmp_path, "v2")
+    (folder / "dvc.lock").write_text(lock)
+    if told:
+        assert refused(folder, "v2", "workspace", "--no-judge")[0].startswith(told)
+    else:
+        assert compare(folder, "v2", "workspace", "--no-judge").returncode == 0
+
+
+def test_what_rests_on_a_few_conversations_says_so(repository, tmp_path):
+    folder = copied(repository, tmp_path, "v2")
+    few = pl.col("conversation_id").is_in(["north/0", "north/2", "south/4", "south/6"]) & (pl.col("index") == 5) & (pl.col("model") == "student")
+    lay_out(folder, with_action(predictions(), pl.when(few).then(pl.lit("escalate")).otherwise(pl.lit("reply"))))
+    rows, notes = rows_of(folder, "v2", "workspace", "--no-judge")
+    recall = rows["pooled", "student", "escalate_recall"]
+    assert (recall["gained"], recall["changed"]) == (4, 4)
+    assert recall["low"] > 0 and recall["cluster_p"] == 0.125, "the interval says more than the test"
+    assert "student: escalate_recall changed in 4 conversations only, too few for its interval: go by p" in notes
+    assert not any("changed in" in note for note in rows_of(repository, "v2", "v2.1", "--no-judge")[1])
+
+
 @pytest.mark.parametrize("form, start", [("plain", "A: v2:plain. B: v2.1:plain."), ("markdown", "A: v2:plain")])
 def test_it_prints_a_table(repository, form, start):
     done = compare(repository, "v2", "v2.1", "--format", form)

@@ -53,7 +53,8 @@ def test_a_good_student_passes_though_plain_it_never_hands_off(good):
     assert rules["expected"]["verdict"] == "skipped" and "--base" in rules["expected"]["why"]
     done = command(good, "gate", "--format", "markdown")
     table, below = done.stdout.split("\n\n")
-    assert done.returncode == 0 and "at the threshold" in table and "without" in table and "The gate passes." in below
+    assert done.returncode == 0 and "at the threshold" in table and "without" in table
+    assert "The gate passes; whether the cost rose was not asked." in below
 
 
 def test_what_is_judged_is_what_ships_and_not_how_the_model_decodes(tmp_path):
@@ -186,6 +187,42 @@ def test_a_dearer_student_fails_against_its_base(history, tmp_path):
     folder = calibrated(tmp_path / "copy", predictions(MANY, strength=0.5))
     code, rules = gate(folder, "--base", "strong")
     assert code == 1 and rules["expected"]["verdict"] == "fail" and rules["expected"]["value"].startswith("+")
+
+
+def test_a_few_conversations_that_cost_something_else_tell_nothing(history, tmp_path):
+    """Three of 400 handed off needlessly where nobody was before: the interval, drawn from three, ends far below the limit."""
+    with inside(tmp_path):
+        subprocess.run(["git", "clone", "-q", str(history), "copy"], check=True)
+    folder = tmp_path / "copy"
+    path = folder / "data/eval_exact/predictions.parquet"
+    rows = pl.read_parquet(path)
+    threshold = json.loads((folder / "models/operating_point.json").read_text())["threshold"]
+    kept = rows.filter((pl.col("gold_action") != "escalate") & (pl.col("p_escalate") < threshold) & (pl.col("model") == "student"))
+    changed = kept.unique("conversation_id", keep="first", maintain_order=True)["conversation_id", "index"].head(3)
+    now = rows.join(changed.with_columns(spoilt=pl.lit(True)), on=["conversation_id", "index"], how="left").with_columns(
+        p_escalate=pl.when(pl.col("spoilt")).then(1.0).otherwise("p_escalate")).drop("spoilt")
+    calibrated(folder, now)
+    code, rules = gate(folder, "--base", "strong")
+    assert code == 1 and rules["expected"]["verdict"] == "cannot tell" and float(rules["expected"]["interval"].split(" to ")[1]) < 0.25
+    assert rules["expected"]["why"] == "only 3 of 400 conversations cost something else, too few for an interval"
+
+
+def test_a_base_whose_texts_were_read_differently_is_refused(history, tmp_path):
+    with inside(tmp_path):
+        subprocess.run(["git", "clone", "-q", str(history), "copy"], check=True)
+    folder = calibrated(tmp_path / "copy", predictions(MANY, strength=4.0).with_columns(action=pl.lit("clarify")))
+    done = command(folder, "gate", "--base", "strong")
+    assert (done.returncode, done.stdout) == (1, "") and "the grader changed between them" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["calibrate_detail", "eval_exact_counts", "eval_judge_counts"])
+@pytest.mark.parametrize("text", ["{}", "{", '{"north": {"student": {}}}'])
+def test_a_metrics_file_that_is_none_is_one_sentence(good, tmp_path, name, text):
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    (tmp_path / f"metrics/{name}.json").write_text(text)
+    done = command(tmp_path, "gate")
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith(f"error: metrics/{name}.json of 'workspace' cannot be read: ")
+    assert done.stderr.count("\n") == 2 and "\nhint: " in done.stderr
 
 
 def test_figures_that_are_not_of_the_predictions_beside_them_are_refused(tmp_path):

@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 
 import polars as pl
@@ -17,6 +19,7 @@ from schemas.action import make_action
 from schemas.recorded import OriginRule, UnmappedReason
 from schemas.tables import Predictions
 from schemas.traces import RejectReason
+from stages._paired import compare_pairs
 from stages._rates import rate
 from stages._report import charts, figures, viewer, words
 from stages.report import CALIBRATED, CURVES, POINT, REPORT, main
@@ -24,7 +27,6 @@ from tests.deciding import command
 from tests.helpers import inside
 from tests.layout import ROOT
 from tests.reports import COMMIT, HOSTILE, rejected_table, report_inputs, report_repository, write
-from tests.test_bad_input import run
 
 
 class Page(HTMLParser):
@@ -163,11 +165,22 @@ def test_the_first_screen_says_what_calibrate_and_the_gate_say(folder, html):
     at = json.loads((folder / CALIBRATED).read_bytes())["held_out"]["pooled"]["student"]["at_threshold"]
     judged = json.loads(command(folder, "gate", "--format", "json").stdout)
     curve = figures.read_columns(folder / CURVES / "curve_bag_of_words.csv", "over_escalation", "recall")
-    told = figures.verdict(at["escalate_recall"], at["over_escalation"], curve, judged["passed"], 0)
+    against = json.loads((folder / CALIBRATED).read_bytes())["against_yardsticks"]["bag_of_words"]
+    told = figures.verdict(at["escalate_recall"], at["over_escalation"], curve, against, judged["passed"], 0)
+    more, over = against["escalate_recall"], against["over_escalation"]
+    assert f"finds {more['k_a']} of these hand-offs at {over['k_a']} needless ones, the student {more['k_b']} at {over['k_b']}:" in html
+    difference, low, high = (f"{100 * more[name]:+.1f}" for name in ("difference", "low", "high"))
+    assert f"{difference} points of recall (95 %, whole conversations drawn: {low} to {high})" in html
     assert f'<h1 id="answer">{told["answer"]}: {told["title"]}.</h1>' in html
     assert f'A bag of words finds</span><b>{100 * told["fair"]:.1f} %</b>' in html
     assert "Teacher, customer and judge were simulators" in html
     assert all(f'<th scope="row">{rule["rule"]}</th><td data-label="verdict"><b>{rule["verdict"]}</b>' in html for rule in judged["rules"])
+
+
+def against(bag, student):
+    """How a student compares that finds the same hand-offs as the bag of words, and more or fewer."""
+    pair = compare_pairs([str(turn) for turn in range(124)], [turn < bag for turn in range(124)], [turn < student for turn in range(124)])
+    return {"escalate_recall": asdict(pair)}
 
 
 @pytest.mark.parametrize("found, needless, passed, answer", [
@@ -179,17 +192,19 @@ def test_the_first_screen_says_what_calibrate_and_the_gate_say(folder, html):
     ((30, 124), (36, 709), False, "No: the gate does not let this student through"),
     ((120, 124), (5, 709), None, "Not decided: the gate could not judge this student"),
     ((120, 124), (5, 709), True, "Yes: the gate lets this student through"),
-    ((1, 124), (0, 709), None, "Not decided: the gate could not judge this student"),
+    ((30, 124), (0, 709), None, "Not decided: the gate could not judge this student"),
 ])
 def test_the_answer_follows_from_the_counts(found, needless, passed, answer):
-    told = figures.verdict(rate(*found), rate(*needless), [(0.0, 0.0), (0.05, 0.2661)], passed, 0)
+    told = figures.verdict(rate(*found), rate(*needless), [(0.0, 0.0), (0.05, 0.2661)], against(30, found[0]), passed, 0)
     assert f"{told['answer']}: {told['title']}" == answer
 
 
 def test_a_slice_decides_nothing_and_no_yardstick_is_no_comparison():
-    assert figures.verdict(rate(0, 4), rate(0, 30), [], True, 4)["answer"] == "Not decided"
-    told = figures.verdict(rate(8, 124), rate(26, 709), [], None, 0)
-    assert told["fair"] is None and not told["worse"]
+    assert figures.verdict(rate(0, 4), rate(0, 30), [], None, True, 4)["answer"] == "Not decided"
+    nothing = {"escalate_recall": asdict(compare_pairs([], [], []))}
+    for unknown in (None, nothing):
+        told = figures.verdict(rate(8, 124), rate(26, 709), [], unknown, None, 0)
+        assert told["fair"] is None and told["against"] is None and not told["worse"]
 
 
 @pytest.mark.parametrize("at, recall", [(0.0, 0.1), (0.05, 0.3), (0.1, 0.5), (0.5, 0.5)])
@@ -341,9 +356,14 @@ def test_scores_are_embedded_where_the_predictions_have_them(folder):
     assert all((reply["e"], reply["o"]) == (0.123456, "reply") for replies in viewer.predicted(scored, judged, None).values() for reply in replies)
 
 
+@pytest.fixture(scope="module")
+def made_repository(tmp_path_factory):
+    return report_repository(tmp_path_factory.mktemp("repository"))
+
+
 @pytest.fixture
-def repository(tmp_path):
-    return report_repository(tmp_path)
+def repository(made_repository, tmp_path):
+    return shutil.copytree(made_repository, tmp_path / "repository")
 
 
 def test_a_revision_stands_beside_the_student_of_today(repository):
@@ -362,6 +382,17 @@ def test_a_revision_stands_beside_the_student_of_today(repository):
     assert "is the student of revision <code>v1</code>" in html and html.count("student before</th>") == 3
 
 
+def test_verdicts_of_another_judge_do_not_stand_beside_those_of_today(repository):
+    judged = repository / "metrics/eval_judge_counts.json"
+    judged.write_text(json.dumps(json.loads(judged.read_text()) | {"judge": "big-model"}))
+    with inside(repository):
+        main()
+    html = (repository / REPORT).read_text(encoding="utf-8")
+    rows = re.findall(r'<tr><th scope="row">acceptable to the judge.*?</tr>', html, re.DOTALL)
+    assert len(rows) == 3 and all(row.count("by another judge") == 1 and "by another judge" in row.rpartition("<td")[2] for row in rows)
+    assert html.count("by another judge") == 3, "nothing else is left out"
+
+
 @pytest.mark.parametrize("spoil", ["revision", "no metrics there"])
 def test_a_revision_that_cannot_be_read_is_one_sentence(repository, spoil):
     params = repository / "params.yaml"
@@ -370,7 +401,7 @@ def test_a_revision_that_cannot_be_read_is_one_sentence(repository, spoil):
     else:
         for line in ("git rm -q --cached metrics/eval_exact_counts.json", f"{COMMIT} v2", "git tag -f v1"):
             subprocess.run(line.split(), cwd=repository, capture_output=True, check=True)
-    done = run(repository, "report")
+    done = command(repository, "report")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: report.compare_with: revision '") and "\nhint: " in done.stderr and not (repository / REPORT).exists()
 
@@ -381,7 +412,7 @@ def test_a_revision_that_cannot_be_read_is_one_sentence(repository, spoil):
 def test_a_revision_measured_in_another_way_does_not_stand_beside_it(repository, changed, told):
     predictions = pl.read_parquet(repository / "data/eval_exact/predictions.parquet")
     write(repository, "data/eval_exact/predictions.parquet", changed(predictions), Predictions)
-    done = run(repository, "report")
+    done = command(repository, "report")
     assert done.returncode == 1 and told in done.stderr and "\nhint: " in done.stderr and not (repository / REPORT).exists()
 
 
@@ -483,7 +514,7 @@ def test_the_labels_of_a_chart_are_escaped():
 def test_the_report_before_its_input_names_the_file_and_its_stage(tmp_path):
     folder = report_inputs(tmp_path)
     (folder / "data/verify/held_out.parquet").unlink()
-    done = run(folder, "report")
+    done = command(folder, "report")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[:2] == ["error: data/verify/held_out.parquet does not exist",
                                             "hint: run the stage that writes it: dvc repro verify"]

@@ -33,13 +33,25 @@ def test_the_table_in_readme_is_the_one_of_the_metrics():
 
 
 def test_readmes_first_screen_says_what_calibrate_measured():
-    of = json.loads((ROOT / "metrics/calibrate_detail.json").read_text(encoding="utf-8"))["held_out"]["pooled"]
+    detail = json.loads((ROOT / "metrics/calibrate_detail.json").read_text(encoding="utf-8"))
+    of = detail["held_out"]["pooled"]
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("Two commands:")[0].split())
     for model, policy in (("student", "plain"), ("student", "at_threshold"), ("bag_of_words", "at_threshold"), ("embedding", "at_threshold")):
         found, needless = (of[model][policy][rate] for rate in ("escalate_recall", "over_escalation"))
         assert f"{found['k']} of {found['n']} at {needless['k']} of {needless['n']}" in text, (model, policy)
     for model, name in (("student", "this score"), ("bag_of_words", "bag of words"), ("embedding", "embedding")):
         assert f"{name} {of[model]['auc']['value']:.2f}" in text
+    for yardstick, said in (("bag_of_words", "points above the bag of words (95 %:"), ("embedding", "above the embedding (")):
+        pair = detail["against_yardsticks"][yardstick]["escalate_recall"]
+        difference, low, high = (f"{100 * pair[name]:+.1f}" for name in ("difference", "low", "high"))
+        assert f"{difference} {said} {low} to {high}".replace("( ", "(") in text, yardstick
+
+
+def test_readme_says_how_the_bound_did_on_the_held_out_companies():
+    at = json.loads((ROOT / "metrics/calibrate_detail.json").read_text(encoding="utf-8"))["held_out"]["pooled"]["student"]["at_conformal"]
+    found, needless = at["escalate_recall"], at["over_escalation"]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"misses {found['n'] - found['k']} of {found['n']}, at {needless['k']} of {needless['n']} needless" in text
 
 
 def test_the_short_metrics_agree_with_the_counts():

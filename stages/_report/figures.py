@@ -54,21 +54,26 @@ def recall_at(curve: Curve, over_escalation: float) -> float:
     return below[1] + (above[1] - below[1]) * (over_escalation - below[0]) / (above[0] - below[0])
 
 
-def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, passed: bool | None, slice_of: int) -> dict[str, Any]:
+def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, against: dict[str, Any] | None, passed: bool | None,
+            slice_of: int) -> dict[str, Any]:
     """The first screen's answer: may the student ship?
 
-    The student is called worse than the bag of words where even the upper end of its interval lies below the recall that the bag of words
-    reaches at the student's over-escalation. Only the gate calls it good enough: that takes limits, which the gate holds.
+    The student is called worse than the bag of words where the whole interval of what it finds more, turn by turn, lies below 0. Only
+    the gate calls it good enough: that takes limits, which the gate holds.
 
     Args:
         found: the student's recall.
         needless: its over-escalation.
         yardstick: the curve of the bag of words, empty where the turns are all of one kind.
+        against: rate -> how the student at its threshold differs from the bag of words at its own, None where that is not known.
         passed: whether the gate lets it through, None where it could not judge.
         slice_of: scenarios a company of a run on a slice, else 0.
     """
     fair = recall_at(yardstick, share(needless)) if yardstick else None
-    told = {"found": found, "needless": needless, "fair": fair, "worse": fair is not None and found["high"] < fair}
+    more = against["escalate_recall"] if against else None
+    if more and more["low"] is None:
+        more = None
+    told = {"found": found, "needless": needless, "fair": fair, "against": against if more else None, "worse": more is not None and more["high"] < 0}
     if slice_of:
         answer, title = "Not decided", f"a slice of {slice_of} scenarios a company, its figures mean nothing"
     elif passed:
