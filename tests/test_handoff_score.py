@@ -18,7 +18,8 @@ from schemas.tables import Scores, Verified
 from stages._conversations import encode_table
 from stages._stage import read_table, write_table
 from stages.handoff_score import check_layer, prompt_states
-from tests.students import ALL, HANDOFF, LONG, SEARCH, SYSTEM, base, encoder, table
+from tests.deciding import command
+from tests.students import ALL, HANDOFF, LONG, SEARCH, SYSTEM, base, encoder, table, tokenizer
 
 ROOT = Path(__file__).parent.parent
 LAYER = 15
@@ -30,16 +31,26 @@ def splits(**changed):
     return {"train": pl.concat(training), "calibration": table({"c": HANDOFF}), "held_out": table({"h": LONG}, "tavern"), **changed}
 
 
-def run(folder, tables, layer=LAYER):
-    base()  # the weights are converted by now
+def put(folder, tables, layer=LAYER):
     (folder / "data/verify").mkdir(parents=True)
     for split, part in tables.items():
         write_table(folder / f"data/verify/{split}.parquet", part, Verified)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["handoff_score"]["layer"] = layer
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    return subprocess.run([sys.executable, "-m", "stages.handoff_score"], cwd=folder, capture_output=True, text=True, check=False, env={
-        "HANDOFF_CACHE": str(ROOT / ".cache"), **os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """The stage in this process, with the model that is loaded already."""
+    monkeypatch.setattr("stages.handoff_score.load_base", lambda _: base())
+    monkeypatch.setattr("stages.handoff_score.load_tokenizer", lambda _: tokenizer())
+
+    def run(folder, tables):
+        put(folder, tables)
+        return command(folder, "handoff_score")
+
+    return run
 
 
 def scores(folder):
@@ -48,8 +59,11 @@ def scores(folder):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
+    base()  # the weights are converted by now
     folder = tmp_path_factory.mktemp("score")
-    ended = run(folder, splits())
+    put(folder, splits())
+    ended = subprocess.run([sys.executable, "-m", "stages.handoff_score"], cwd=folder, capture_output=True, text=True, check=False, env={
+        "HANDOFF_CACHE": str(ROOT / ".cache"), **os.environ, "PYTHONPATH": str(ROOT)})
     assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -62,7 +76,7 @@ def test_it_scores_every_turn_that_it_was_not_fitted_on(done):
     assert metrics["layer"] == LAYER and set(metrics["held_out"]) == {"tavern"} and metrics["left_out_company_auc"] == 1
 
 
-def test_held_out_and_calibration_turns_do_not_reach_the_fit(done, tmp_path):
+def test_held_out_and_calibration_turns_do_not_reach_the_fit(run, done, tmp_path):
     assert run(tmp_path, splits(held_out=table({"h": HANDOFF}, "tavern"), calibration=table({"c": HANDOFF, "d": SEARCH}))).returncode == 0
     assert scores(tmp_path)["teashop/c/0", 1] == pytest.approx(scores(done)["teashop/c/0", 1], abs=1e-6)
 
@@ -72,7 +86,8 @@ def test_the_file_beside_the_adapter_gives_the_scores_of_the_table(done):
     indices = [index for index, message in enumerate(LONG) if message.role == "agent"]
     for (start, _), index in zip(example.spans, indices, strict=True):
         with torch.inference_mode():
-            states = base()(torch.tensor([example.ids[:start]]), output_hidden_states=True).hidden_states[score.layer][0, -1:]
+            prompt = torch.tensor([example.ids[:start]], device=base().device)
+            states = base()(prompt, output_hidden_states=True).hidden_states[score.layer][0, -1:].cpu()
         said = "\n".join(message.content for message in LONG[:index] if message.role == "customer")
         assert score(states.double().numpy(), [said])[0] == pytest.approx(scores(done)["tavern/h/0", index], abs=1e-3)
 
@@ -99,7 +114,7 @@ def test_a_turns_state_is_that_of_its_prompt_and_of_nothing_that_comes_after(tmp
     example = encoder().conversation(SYSTEM, SEARCH)
     for number, (start, _) in enumerate(example.spans):
         with torch.inference_mode():
-            alone = base().model(torch.tensor([example.ids[:start]])).last_hidden_state[0, -1]
+            alone = base().model(torch.tensor([example.ids[:start]], device=base().device)).last_hidden_state[0, -1].cpu()
         assert torch.allclose(torch.tensor(states["teashop/s/0", number]).float(), alone, atol=1e-3)
 
 
@@ -108,12 +123,12 @@ def test_a_layer_that_is_not_there_is_one_sentence():
         check_layer(31, base())
 
 
-def test_too_few_hand_offs_are_one_sentence_and_leave_no_output(tmp_path):
+def test_too_few_hand_offs_are_one_sentence_and_leave_no_output(run, tmp_path):
     ended = run(tmp_path, splits(train=table({"s": SEARCH, "h": HANDOFF})))
     assert ended.returncode == 1 and "the training split is too small for a hand-off score" in ended.stderr and "hint: " in ended.stderr
     assert not (tmp_path / "data/handoff_score").exists() and not (tmp_path / "models").exists()
 
 
-def test_an_empty_split_is_one_sentence(tmp_path):
+def test_an_empty_split_is_one_sentence(run, tmp_path):
     ended = run(tmp_path, splits(calibration=table({"c": HANDOFF}).clear()))
     assert ended.returncode == 1 and "the calibration split is empty" in ended.stderr and "hint: data.scenarios_per_company" in ended.stderr

@@ -104,7 +104,7 @@ def replies(conversation, model="student"):
     ({"set": "rejected"}, lambda one: one["set"] == "rejected"),
     ({"set": "rejected", "reject": "handoff_missed"}, lambda one: one.get("reason") == "handoff_missed"),
     ({"set": "all"}, lambda one: True),
-], ids=str)
+], ids=range(11))
 def test_filters_find_the_conversations_that_have_such_a_turn(report, visit, filters, keep):
     wanted = [one["id"] for one in embedded(report) if keep(one) and (filters.get("set") or one["set"] == "held_out")]
     page = visit(report, "#/conversations")

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
@@ -13,7 +11,8 @@ from schemas.yardsticks import YardstickScores
 from stages._logistic import left_out_auc, logistic
 from stages._stage import read_table
 from stages.yardsticks import embed, heard, model_folder
-from tests.helpers import agent, customer, inside, tool, verified
+from tests.deciding import command
+from tests.helpers import agent, customer, tool, verified
 
 TALK = [customer("is it open?"), agent("search_kb", query="hours"), tool("Hours: nine to five."), agent("reply", "Till five."),
         customer("somebody else used my account"), agent("escalate", "A colleague takes over.", reason="security")]
@@ -61,17 +60,12 @@ def work(tmp_path_factory):
     (folder / "data/verify").mkdir(parents=True)
     for name, companies in (("train", ("east", "west")), ("calibration", ("east",)), ("held_out", ("north",))):
         pl.concat([conversations(company, 4, 8) for company in companies]).write_parquet(folder / f"data/verify/{name}.parquet")
+    done = command(folder, "yardsticks")
+    assert done.returncode == 0, done.stderr
     return folder
 
 
-def stage(folder):
-    with inside(folder):
-        return subprocess.run([sys.executable, "-m", "stages.yardsticks"], capture_output=True, text=True, check=False)
-
-
 def test_both_yardsticks_score_every_turn_they_were_not_fitted_on(work):
-    done = stage(work)
-    assert done.returncode == 0, done.stderr
     table = read_table(work / "data/yardsticks/scores.parquet", YardstickScores)
     assert {key: len(part) for key, part in table.group_by("split", "model")} == {
         (split, model): 12 for split in ("calibration", "held_out") for model in ("bag_of_words", "embedding")}
@@ -87,6 +81,6 @@ def test_the_gold_steps_of_the_other_splits_do_not_change_a_score(work, tmp_path
         path = tmp_path / f"data/verify/{name}.parquet"
         reply = agent("reply", "At nine.").content
         pl.read_parquet(path).with_columns(content=pl.when(pl.col("role") == "agent").then(pl.lit(reply)).otherwise("content")).write_parquet(path)
-    assert stage(tmp_path).returncode == stage(work).returncode == 0
+    assert command(tmp_path, "yardsticks").returncode == 0
     before, after = (pl.read_parquet(folder / "data/yardsticks/scores.parquet") for folder in (work, tmp_path))
     assert before["p_escalate"].equals(after["p_escalate"]) and set(after["gold_action"]) == {"reply"}
