@@ -26,7 +26,7 @@ STATES = CACHE / "states"
 
 
 class LayerStates:
-    """The states that enter one layer of a model: hidden size a token, in the model's own type; handed out on the CPU.
+    """The states that enter one layer of a model: as many numbers a token as the hidden size, in the model's own type; handed out on the CPU.
 
     Args:
         model: a causal language model, the layers below `layer` without an adapter.

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from agent.paths import CACHE
 from schemas.errors import InputError
@@ -32,7 +32,14 @@ class StudentParams(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     weights: str = Field(min_length=1, description="a package that carries a GGUF file, a folder, or a hub id")
     unpack_once: bool = Field(description="keep the NF4 weights unpacked in memory: same numbers, more memory, faster")
-    compute_dtype: Literal["float32", "bfloat16"] = Field(description="what everything but NF4 weights is held and computed in, on any machine")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        description="what the model but for its NF4 weights is held and computed in, on any machine; the adapter is float32 in any case")
+
+    @model_validator(mode="after")
+    def _adapter_is_not_rounded_away(self) -> Self:
+        if self.unpack_once and self.compute_dtype != "float32":
+            raise ValueError("unpack_once takes compute_dtype: float32; the adapter is added to unpacked weights, and bfloat16 would round it away")
+        return self
 
 
 def weights_folder(weights: str) -> str:

@@ -70,6 +70,7 @@ class Cost(_Known):
 class Decided(_Known):
     """What comes of one policy: the model as it decodes, or under the threshold."""
 
+    action_accuracy: Counted
     escalate_recall: Counted
     over_escalation: Counted
     expected_cost: Cost
@@ -178,15 +179,15 @@ class Costs(_Known):
 
 
 class Compared(_Known):
-    """Two sides on the same turns: B - A, with the interval and the p that draw whole conversations."""
+    """Two sides on the same turns: B - A with the interval that draws whole conversations, and how many of them changed."""
 
     k_a: Count
     k_b: Count
     n: Count
+    changed: Count
     difference: float | None
     low: float | None
     high: float | None
-    cluster_p: Rate
 
 
 class Compareds(_Known):

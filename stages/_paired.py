@@ -12,7 +12,7 @@ FEWEST_CHANGED = 10
 """Conversations that have to differ between two sides before the bootstrap's interval is believed.
 
 Of g that changed the same way a draw holds none with a probability of about exp(-g). From g = 4 on that is less than 2.5 %, so the
-interval leaves 0 out, while the exact test says p = .125 there and .0625 at 5.
+interval leaves 0 out, while the exact test says p = .125 there and .0625 at 5. Ten leaves room for some that changed the other way.
 """
 
 

@@ -134,17 +134,20 @@ def compare(a: Side, b: Side, with_judge: bool = True) -> tuple[list[dict[str, A
                 notes.append(f"{model}: acceptable is not compared: {error} (hint: {error.hint})")
         rows += [{"company": company, "model": model, "rate": name, **asdict(pair)}
                  for company, rates in found.items() for name, pair in rates.items()]
-        notes += too_few(found[POOLED], model)
+        notes += too_narrow(found, model) + too_few(found[POOLED], model)
     return rows, notes
 
 
-def too_few(pooled: dict[str, Paired], model: str) -> list[str]:
-    """A note for each rate whose turns, differing as often as they do here, could not show the change that one would want to see.
+def too_narrow(found: dict[str, dict[str, Paired]], model: str) -> list[str]:
+    """A note that names the intervals which rest on too few conversations to be believed."""
+    named = [f"{company} {name} ({pair.changed})" for company, rates in found.items() for name, pair in rates.items()
+             if 0 < pair.changed < FEWEST_CHANGED]
+    return [f"{model}: fewer than {FEWEST_CHANGED} conversations changed, so go by p and not by the interval: {', '.join(named)}"] if named else []
 
-    And one where the interval rests on too few conversations to be believed.
-    """
-    notes = [f"{model}: {name} changed in {of.changed} conversation{'s'[:of.changed > 1]} only, too few for its interval: go by p"
-             for name, of in pooled.items() if 0 < of.changed < FEWEST_CHANGED]
+
+def too_few(pooled: dict[str, Paired], model: str) -> list[str]:
+    """A note for each rate whose turns, differing as often as they do here, could not show the change that one would want to see."""
+    notes = []
     for name, (change, _) in WANTED.items():
         n = pooled[name].n
         if n and n < (needed := turns_needed(change, (pooled[name].gained + pooled[name].lost) / n)):

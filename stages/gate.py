@@ -5,8 +5,8 @@
 Exit code 0 if every rule passes that was asked, else 1; without a base revision the cost is not asked. What is judged is what ships,
 the student under its threshold; what it does without stands beside. A rule passes only if the whole 95 % interval is on the right
 side, fails only if all of it is on the wrong one, and otherwise cannot tell, which fails unless `cannot_tell_passes`. Of a rate, the
-wider of the Wilson interval and the one that draws whole conversations counts; the cost has the latter alone, which a few changed
-conversations do not make good enough to tell by. No rule is about `acceptable`: a judge lets a needless hand-off pass.
+wider of the Wilson interval and the one that draws whole conversations counts; the cost has the latter, and where few conversations changed
+an exact bound. No rule is about `acceptable`: a judge lets a needless hand-off pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pydantic import Field
 from schemas.counts import CalibrateDetail, ExactCounts, JudgeCounts
 from schemas.errors import InputError
 from schemas.operating import Policy
-from stages._intervals import by_conversation, cluster_ratio
+from stages._intervals import by_conversation, clopper_pearson_upper, cluster_ratio
 from stages._paired import FEWEST_CHANGED
 from stages._policy import minutes
 from stages._rates import outcomes
@@ -174,8 +174,14 @@ def cost_rule(base: str | None, limit: float, costs: dict[str, float]) -> Verdic
     (low, high), increase = interval, float((after - before).mean())
     verdict = PASS if high <= limit else FAIL if low > limit else CANNOT_TELL
     why = why_not(more_turns_of_mean(increase, low, high, len(after), limit), "turns") if verdict == CANNOT_TELL else ""
-    if 0 < (changed := int((by_conversation(conversations, after - before)[0] != 0).sum())) < FEWEST_CHANGED:
-        verdict, why = CANNOT_TELL, f"only {changed} of {len(set(conversations))} conversations cost something else, too few for an interval"
+    changes = by_conversation(conversations, after - before)[0]
+    dearer = changes[changes > 0]
+    if verdict == PASS and len(dearer) and (changes != 0).sum() < FEWEST_CHANGED:
+        # Too few for the bootstrap. At most so many of all conversations are dearer, each by no more than the dearest one here.
+        most = clopper_pearson_upper(len(dearer), len(changes)) * len(changes) * dearer.max() / len(after)
+        if most > limit:
+            verdict = CANNOT_TELL
+            why = f"only {len(dearer)} of {len(changes)} conversations cost more: too few for the interval, and up to {most:+.2f} min is possible"
     return Verdict(rule, wanted, f"{increase:+.2f} min against {old}", f"{low:+.2f} to {high:+.2f}", f"{(without - before).mean():+.2f} min",
                    verdict, why)
 
@@ -200,13 +206,15 @@ def counted(path: Path, content: dict[str, Any], companies: Iterable[str], name:
     """company -> the student's rate from a file of counts, twice: no threshold touches it.
 
     Raises:
-        InputError: the file is of other companies.
+        InputError: the file is of other companies, or of the base model alone.
     """
     found = {}
     for company in companies:
         if company not in content:
             raise InputError(f"{path} has no {company}, which {DETAIL} has: it is of an earlier choice of held-out companies",
                              f"dvc repro {path.stem.removesuffix('_counts')}")
+        if "student" not in content[company]:
+            raise InputError(f"{path} has no student in {company}", f"dvc repro {path.stem.removesuffix('_counts')}")
         rate = content[company]["student"][name]
         found[company] = rate, rate
     return found

@@ -229,10 +229,15 @@ def make_trainer(
     curve = DVCLiveCallback(live=Live(str(CURVE), save_dvc_exp=False, dvcyaml=None, report=None))
     for logged in before.log_history:
         curve.on_log(config, before, TrainerControl(), logs={name: value for name, value in logged.items() if name != "step"})
-    return AgentTurnTrainer(
+    trainer = AgentTurnTrainer(
         model=model, args=config, processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"batch": list(range(len(batches)))}),
         data_collator=lambda items: collator(batches[items[0]["batch"]]), callbacks=[curve])
+    # TRL makes the adapter of packed weights bfloat16, whatever they compute in; small steps would be rounded away.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
 
 
 def run_key(params: QloraTrainParams, student: StudentParams) -> str:
@@ -241,10 +246,23 @@ def run_key(params: QloraTrainParams, student: StudentParams) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
+def check_devices() -> None:
+    """Refuse what TRL would refuse once the layers without an adapter are computed.
+
+    Raises:
+        InputError: there are several GPUs.
+    """
+    import torch
+
+    if (gpus := torch.cuda.device_count()) > 1:
+        raise InputError(f"training takes one GPU, and {gpus} can be seen", "CUDA_VISIBLE_DEVICES=0 before the command shows it the first one alone")
+
+
 def main() -> None:
     params = load_params("qlora_train", QloraTrainParams)
     student = load_params("student", StudentParams)
     table = read_table(TRAIN, Oversampled)
+    check_devices()
 
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed

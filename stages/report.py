@@ -104,7 +104,7 @@ def read_revision(revision: str, judge: str) -> tuple[dict[str, Any], pl.DataFra
     try:
         exact, judged, table = (dvc.api.read(path.as_posix(), rev=revision, mode="rb") for path in (EXACT, JUDGED, PREDICTIONS))
         predictions = pl.read_parquet(io.BytesIO(table)).select("conversation_id", "index", "model", "raw")
-    except (DvcException, OSError, ValueError, pl.exceptions.PolarsError) as error:
+    except (DvcException, OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise InputError(f"report.compare_with: revision '{revision}' cannot be read: {' '.join(str(error).split())[:200]}",
                          "git log, or dvc exp list, shows the revisions; null compares with none") from None
     now, before = (Side(rev, Policy.PLAIN) for rev in (WORKSPACE, revision))

@@ -124,6 +124,7 @@ def test_a_wrong_parameter_is_named(work, stage, old, new, error):
     ("  compare_with: null", "  compare_with: null\n  against: v1", "unknown parameter 'report.against'"),
     ("unpack_once: true", "unpack_once: yes please", "student.unpack_once"),
     ("compute_dtype: float32", "compute_dtype: float16", "student.compute_dtype"),
+    ("compute_dtype: float32", "compute_dtype: bfloat16", "unpack_once takes compute_dtype: float32"),
     ("cost_missed: 60.0", "cost_missed: .inf", "calibrate.cost_missed"), ("[tearoom]", "[tearom]", "data.held_out names 'tearom'"),
     ("source: endpoint", "source: recorded", "data/examples/mapping.yaml cannot be read"), ("", None, "scenarios/others.yml is none of"),
 ])

@@ -189,22 +189,26 @@ def test_a_dearer_student_fails_against_its_base(history, tmp_path):
     assert code == 1 and rules["expected"]["verdict"] == "fail" and rules["expected"]["value"].startswith("+")
 
 
-def test_a_few_conversations_that_cost_something_else_tell_nothing(history, tmp_path):
-    """Three of 400 handed off needlessly where nobody was before: the interval, drawn from three, ends far below the limit."""
+@pytest.mark.parametrize("handoff, few, verdict", [(True, 1, "cannot tell"), (False, 3, "pass")])
+def test_a_few_conversations_that_cost_more_are_bounded_without_the_bootstrap(history, tmp_path, handoff, few, verdict):
+    """One of 400 missed at 60 minutes, or three handed off needlessly at 5: the interval, drawn from so few, ends below the limit either way."""
     with inside(tmp_path):
         subprocess.run(["git", "clone", "-q", str(history), "copy"], check=True)
     folder = tmp_path / "copy"
     path = folder / "data/eval_exact/predictions.parquet"
     rows = pl.read_parquet(path)
     threshold = json.loads((folder / "models/operating_point.json").read_text())["threshold"]
-    kept = rows.filter((pl.col("gold_action") != "escalate") & (pl.col("p_escalate") < threshold) & (pl.col("model") == "student"))
-    changed = kept.unique("conversation_id", keep="first", maintain_order=True)["conversation_id", "index"].head(3)
+    right = (pl.col("gold_action") == "escalate") == (pl.col("p_escalate") >= threshold)
+    kept = rows.filter(right & ((pl.col("gold_action") == "escalate") == handoff) & (pl.col("model") == "student"))
+    changed = kept.unique("conversation_id", keep="first", maintain_order=True)["conversation_id", "index"].head(few)
     now = rows.join(changed.with_columns(spoilt=pl.lit(True)), on=["conversation_id", "index"], how="left").with_columns(
-        p_escalate=pl.when(pl.col("spoilt")).then(1.0).otherwise("p_escalate")).drop("spoilt")
+        p_escalate=pl.when(pl.col("spoilt")).then(0.0 if handoff else 1.0).otherwise("p_escalate")).drop("spoilt")
     calibrated(folder, now)
-    code, rules = gate(folder, "--base", "strong")
-    assert code == 1 and rules["expected"]["verdict"] == "cannot tell" and float(rules["expected"]["interval"].split(" to ")[1]) < 0.25
-    assert rules["expected"]["why"] == "only 3 of 400 conversations cost something else, too few for an interval"
+    edit(folder, "max_cost_increase: 0.25", "max_cost_increase: 0.2")
+    rules = gate(folder, "--base", "strong")[1]
+    assert rules["expected"]["verdict"] == verdict and 0.01 < float(rules["expected"]["interval"].split(" to ")[1]) < 0.2
+    told = "only 1 of 400 conversations cost more: too few for the interval, and up to +0.24 min is possible"
+    assert rules["expected"]["why"] == (told if handoff else "")
 
 
 def test_a_base_whose_texts_were_read_differently_is_refused(history, tmp_path):
@@ -213,6 +217,16 @@ def test_a_base_whose_texts_were_read_differently_is_refused(history, tmp_path):
     folder = calibrated(tmp_path / "copy", predictions(MANY, strength=4.0).with_columns(action=pl.lit("clarify")))
     done = command(folder, "gate", "--base", "strong")
     assert (done.returncode, done.stdout) == (1, "") and "the grader changed between them" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["eval_exact", "eval_judge"])
+def test_counts_of_the_base_model_alone_are_one_sentence(good, tmp_path, name):
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / f"metrics/{name}_counts.json"
+    path.write_text(path.read_text().replace('"student"', '"base"'))
+    done = command(tmp_path, "gate")
+    assert (done.returncode, done.stdout) == (1, "") and f"{name}_counts.json has no student in " in done.stderr
+    assert f"hint: dvc repro {name}" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["calibrate_detail", "eval_exact_counts", "eval_judge_counts"])

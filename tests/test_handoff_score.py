@@ -31,12 +31,12 @@ def splits(**changed):
     return {"train": pl.concat(training), "calibration": table({"c": HANDOFF}), "held_out": table({"h": LONG}, "tavern"), **changed}
 
 
-def put(folder, tables, layer=LAYER):
+def put(folder, tables):
     (folder / "data/verify").mkdir(parents=True)
     for split, part in tables.items():
         write_table(folder / f"data/verify/{split}.parquet", part, Verified)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    params["handoff_score"]["layer"] = layer
+    params["handoff_score"]["layer"] = LAYER
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
 
 

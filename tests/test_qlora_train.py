@@ -28,6 +28,7 @@ from stages._conversations import encode_table
 from stages._stage import write_table
 from stages.qlora_train import (
     adapted,
+    check_devices,
     check_encoded,
     head_loss,
     last_checkpoint,
@@ -220,6 +221,14 @@ def test_only_upper_layers_carry_an_adapter(model):
     assert layers == {26, 27, 28, 29}
     with pytest.raises(InputError, match="layers 0 to 29"):
         adapted(30, 30)
+
+
+def test_several_gpus_are_refused_before_anything_is_computed(monkeypatch):
+    check_devices()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="one GPU, and 2 can be seen") as error:
+        check_devices()
+    assert "CUDA_VISIBLE_DEVICES=0" in error.value.hint
 
 
 def test_batches_hold_one_company_within_the_budget():

@@ -177,10 +177,21 @@ def test_the_first_screen_says_what_calibrate_and_the_gate_say(folder, html):
     assert all(f'<th scope="row">{rule["rule"]}</th><td data-label="verdict"><b>{rule["verdict"]}</b>' in html for rule in judged["rules"])
 
 
-def against(bag, student):
-    """How a student compares that finds the same hand-offs as the bag of words, and more or fewer."""
-    pair = compare_pairs([str(turn) for turn in range(124)], [turn < bag for turn in range(124)], [turn < student for turn in range(124)])
-    return {"escalate_recall": asdict(pair)}
+def against(bag, student, bags_needless=20, needless=20):
+    """How a student compares with a bag of words: hand-offs found of 124, and needless ones of 709, the same as far as they go."""
+    def pair(a, b, n):
+        return asdict(compare_pairs([str(turn) for turn in range(n)], [turn < a for turn in range(n)], [turn < b for turn in range(n)]))
+
+    return {"escalate_recall": pair(bag, student, 124), "over_escalation": pair(bags_needless, needless, 709)}
+
+
+@pytest.mark.parametrize("words, student, standing", [
+    ((30, 20), (12, 20), "worse"), ((30, 20), (50, 20), "better"), ((30, 20), (30, 20), None), ((30, 20), (26, 20), None),
+    ((60, 200), (38, 21), None), ((38, 21), (60, 200), None), ((38, 21), (60, 5), "better")])
+def test_more_hand_offs_at_many_more_needless_ones_are_neither_better_nor_worse(words, student, standing):
+    """And a handful of conversations decides nothing: 26 for 30."""
+    told = figures.verdict(rate(student[0], 124), rate(student[1], 709), [], against(words[0], student[0], words[1], student[1]), None, 0)
+    assert (told["worse"], told["better"]) == (standing == "worse", standing == "better")
 
 
 @pytest.mark.parametrize("found, needless, passed, answer", [
@@ -192,16 +203,16 @@ def against(bag, student):
     ((30, 124), (36, 709), False, "No: the gate does not let this student through"),
     ((120, 124), (5, 709), None, "Not decided: the gate could not judge this student"),
     ((120, 124), (5, 709), True, "Yes: the gate lets this student through"),
-    ((30, 124), (0, 709), None, "Not decided: the gate could not judge this student"),
+    ((1, 124), (0, 709), None, "Not decided: the gate could not judge this student"),
 ])
 def test_the_answer_follows_from_the_counts(found, needless, passed, answer):
-    told = figures.verdict(rate(*found), rate(*needless), [(0.0, 0.0), (0.05, 0.2661)], against(30, found[0]), passed, 0)
+    told = figures.verdict(rate(*found), rate(*needless), [(0.0, 0.0), (0.05, 0.2661)], against(30, found[0], 26, needless[0]), passed, 0)
     assert f"{told['answer']}: {told['title']}" == answer
 
 
 def test_a_slice_decides_nothing_and_no_yardstick_is_no_comparison():
     assert figures.verdict(rate(0, 4), rate(0, 30), [], None, True, 4)["answer"] == "Not decided"
-    nothing = {"escalate_recall": asdict(compare_pairs([], [], []))}
+    nothing = dict.fromkeys(("escalate_recall", "over_escalation"), asdict(compare_pairs([], [], [])))
     for unknown in (None, nothing):
         told = figures.verdict(rate(8, 124), rate(26, 709), [], unknown, None, 0)
         assert told["fair"] is None and told["against"] is None and not told["worse"]

@@ -230,13 +230,20 @@ def test_students_are_trained_once_and_measured_on_what_was_asked_for(workspace)
 def test_other_code_makes_another_student(monkeypatch, tmp_path):
     """The folder of a student is called after the code that trains it, too."""
     parameters(tmp_path)
-    monkeypatch.setattr(command, "_run_stage", lambda stage, folder: (folder / "data/oversample").mkdir(parents=True, exist_ok=True) or
-                        (folder / "data/oversample/train.parquet").touch())
+    ran = []
+
+    def run_stage(stage, folder):
+        ran.append((stage, folder))
+        (folder / "data/oversample").mkdir(parents=True, exist_ok=True)
+        (folder / "data/oversample/train.parquet").touch()
+
+    monkeypatch.setattr(command, "_run_stage", run_stage)
     (tmp_path / "data/verify").mkdir()
     (tmp_path / "data/verify/train.parquet").touch()
     with inside(tmp_path):
         before = command.trained(2, 1)
-        assert command.trained(2, 1) == before and command.trained(2, 2) != before, "another seed is another student"
+        assert command.trained(2, 1) == before != (other := command.trained(2, 2)), "another seed is another student"
+        assert ("qlora_train", before) in ran and ("qlora_train", other) in ran
         monkeypatch.setattr(command, "code", lambda stage: {f"stages/{stage}.py": "0" * 32})
         assert command.trained(2, 1) != before
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stages._paired import FEWEST_CHANGED
 from stages._rates import rate
 from stages._report import charts, words
 
@@ -58,8 +59,9 @@ def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, a
             slice_of: int) -> dict[str, Any]:
     """The first screen's answer: may the student ship?
 
-    The student is called worse than the bag of words where the whole interval of what it finds more, turn by turn, lies below 0. Only
-    the gate calls it good enough: that takes limits, which the gate holds.
+    The student is called worse than the bag of words where the whole interval of what it finds more, turn by turn, lies below 0 and that
+    of its needless hand-offs does not; `better` is the reverse. Neither is said on a handful of changed conversations. Only the gate
+    calls it good enough: that takes limits, which the gate holds.
 
     Args:
         found: the student's recall.
@@ -70,10 +72,12 @@ def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, a
         slice_of: scenarios a company of a run on a slice, else 0.
     """
     fair = recall_at(yardstick, share(needless)) if yardstick else None
-    more = against["escalate_recall"] if against else None
-    if more and more["low"] is None:
-        more = None
-    told = {"found": found, "needless": needless, "fair": fair, "against": against if more else None, "worse": more is not None and more["high"] < 0}
+    known = against is not None and None not in (against["escalate_recall"]["low"], against["over_escalation"]["low"])
+    told = {"found": found, "needless": needless, "fair": fair, "against": against if known else None, "worse": False, "better": False}
+    if against and known:
+        more, over = against["escalate_recall"], against["over_escalation"]
+        enough = more["changed"] >= FEWEST_CHANGED
+        told |= {"worse": enough and more["high"] < 0 <= over["high"], "better": enough and over["low"] <= 0 < more["low"]}
     if slice_of:
         answer, title = "Not decided", f"a slice of {slice_of} scenarios a company, its figures mean nothing"
     elif passed:
