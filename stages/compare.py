@@ -110,8 +110,6 @@ def compare(a: Side, b: Side, with_judge: bool = True) -> tuple[list[dict[str, A
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     judge_counts = with_judge and a.policy is b.policy is Policy.PLAIN
-    if with_judge and not judge_counts:
-        notes.append("acceptable is not compared: the judge saw what the models decoded, not what the threshold makes of it")
     if judge_counts:
         try:
             names = [read_json(JUDGE, side.rev, JudgeCounts)["judge"] for side in (a, b)]
@@ -120,6 +118,8 @@ def compare(a: Side, b: Side, with_judge: bool = True) -> tuple[list[dict[str, A
             notes.append(f"acceptable is not compared, for who judged is not known: {error} (hint: {error.hint})")
         else:
             same_judge(a, b, names)
+    elif with_judge:
+        notes.append("acceptable is not compared: the judge saw what the models decoded, not what the threshold makes of it")
     for model in models:
         mine, other = (side.filter(pl.col("model") == model) for side in (left, right))
         if model == "base" and mine.sort(TURN)["action"].equals(other.sort(TURN)["action"]):

@@ -247,6 +247,7 @@ def test_a_stage_before_its_input_names_the_file_and_its_stage(work, stage, pres
 def test_a_corrupt_table_is_named(work, spoil):
     put(work, TRAIN, table("teashop"))
     (work / TRAIN).write_bytes(spoil((work / TRAIN).read_bytes()))
+    # What polars panics of goes past Python, to the process's own stderr.
     error, hint = refused(work, "oversample", by=run)
     assert f"{TRAIN} is not a Verified table" in error and "dvc repro --force verify" in hint
 

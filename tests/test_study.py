@@ -8,7 +8,6 @@ import sys
 import pytest
 import yaml
 
-from tests.deciding import command
 from tests.helpers import documented
 from tests.layout import ROOT
 
@@ -61,7 +60,8 @@ def test_the_factor_of_v2_1_is_the_one_that_calibration_chose():
 def compared(folder, *sides):
     """rate -> the pooled row of the student; a side as README calls it."""
     revisions = [f"{STUDY[name]}:{policy}" for name, policy in (SIDES[side].split(":") for side in sides)]
-    done = command(folder, "compare", *revisions, "--format", "json", "--no-judge")
+    done = subprocess.run([sys.executable, "-m", "stages.compare", *revisions, "--format", "json", "--no-judge"], cwd=folder, capture_output=True,
+                          text=True, check=False)
     assert done.returncode == 0, done.stderr
     return {row["rate"]: row for row in json.loads(done.stdout)["rows"] if (row["company"], row["model"]) == ("pooled", "student")}
 

@@ -72,9 +72,10 @@ def verdict(found: dict[str, Any], needless: dict[str, Any], yardstick: Curve, a
         slice_of: scenarios a company of a run on a slice, else 0.
     """
     fair = recall_at(yardstick, share(needless)) if yardstick else None
-    known = against is not None and None not in (against["escalate_recall"]["low"], against["over_escalation"]["low"])
-    told = {"found": found, "needless": needless, "fair": fair, "against": against if known else None, "worse": False, "better": False}
-    if against and known:
+    if against and None in (against["escalate_recall"]["low"], against["over_escalation"]["low"]):
+        against = None
+    told = {"found": found, "needless": needless, "fair": fair, "against": against, "worse": False, "better": False}
+    if against:
         more, over = against["escalate_recall"], against["over_escalation"]
         enough = more["changed"] >= FEWEST_CHANGED
         told |= {"worse": enough and more["high"] < 0 <= over["high"], "better": enough and over["low"] <= 0 < more["low"]}
