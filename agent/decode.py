@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from agent.encode import Encoded
 from agent.prefill import Prefill
-from agent.student import attention
+from agent.student import attention, entering
 from schemas.action import ActionName
 
 ACTION_OPENING = '"action": "'
@@ -237,13 +237,18 @@ class TurnDecoder:
         tokenizer: its tokenizer.
         max_new_tokens: where a turn is cut off.
         at_once: a further conversation is begun while fewer turns than this run.
+        layer: what enters this layer, counted from 0, is kept; None for none.
+
+    Attributes:
+        states: for every conversation that was begun, by number, what entered the layer at the end of each turn's prompt, (turns, H), on the CPU.
 
     Raises:
         InputError: as `Prefill`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, at_once: int) -> None:
-        self.model, self.tokenizer, self.max_new_tokens, self.at_once = model, tokenizer, max_new_tokens, at_once
+    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, at_once: int, layer: int | None = None) -> None:
+        self.model, self.tokenizer, self.max_new_tokens, self.at_once, self.layer = model, tokenizer, max_new_tokens, at_once, layer
+        self.states: dict[int, torch.Tensor] = {}
         self._prefill = Prefill(model)
         self._prefixes: dict[tuple[int, ...], _Prefix] = {}
         self._ends = frozenset(tokenizer.all_special_ids)
@@ -273,7 +278,7 @@ class TurnDecoder:
         while waiting or trees:
             while waiting and sum(len(tree.going) for tree in trees) < self.at_once:
                 number = waiting.pop()
-                states, cache = self._prefill(conversations[number])
+                states, cache = self._read(number, conversations[number])
                 branches = [[_Branch(start, way()) for start, _ in conversations[number].spans] for way in ways]
                 tree = _Tree(number, self._prefix(conversations[number], cache), cache, branches, sum(map(len, branches)) * self.max_new_tokens)
                 logits = self.model.get_output_embeddings()(states).float().cpu()
@@ -287,6 +292,15 @@ class TurnDecoder:
                 following = iter(self._step(trees))
                 for tree in trees:
                     tree.going = [branch for branch in tree.going if self._goes_on(branch, next(following))]
+
+    def _read(self, number: int, encoded: Encoded) -> tuple[torch.Tensor, Any]:
+        """Read a conversation, as `Prefill` does."""
+        if self.layer is None:
+            return self._prefill(encoded)
+        with entering(self.model, self.layer) as seen:
+            read = self._prefill(encoded)
+        self.states[number] = seen[-1][0, encoded.prompt_ends()].cpu()
+        return read
 
     def _prefix(self, encoded: Encoded, read: Any) -> _Prefix:
         """What a conversation that was read begins with; made of the first one that begins so."""

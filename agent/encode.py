@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -43,6 +43,10 @@ class Encoded:
     def supervised(self) -> int:
         """How many tokens are the agent's own."""
         return sum(end - start for start, end in self.spans)
+
+    def prompts(self) -> Encoded:
+        """Without what stands behind the last agent turn's prompt."""
+        return replace(self, ids=self.ids[:self.spans[-1][0]])
 
     def prompt_ends(self) -> list[int]:
         """Where every agent turn's prompt ends: its last token, counted from behind the prefix."""

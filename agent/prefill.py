@@ -49,12 +49,12 @@ class Prefill:
         return self._read(encoded.ids[len(prefix):], cache)
 
     def __call__(self, encoded: Encoded) -> tuple[torch.Tensor, Any]:
-        """Read one conversation.
+        """Read one conversation as far as its last agent turn's prompt goes.
 
         Returns:
             the last hidden state of every agent turn's prompt, shape (turns, H), and the cache as `rest` gives it.
         """
-        hidden, cache = self.rest(encoded)
+        hidden, cache = self.rest(encoded.prompts())
         return hidden[encoded.prompt_ends()], cache
 
     @torch.inference_mode()

@@ -197,6 +197,17 @@ def backbone(model: Any) -> Any:
 
 
 @contextmanager
+def entering(model: Any, layer: int) -> Iterator[list[torch.Tensor]]:
+    """What enters a layer, counted from 0, at every forward pass of a `with` block: (B, S, H) each."""
+    seen: list[torch.Tensor] = []
+    hook = backbone(model).layers[layer].register_forward_pre_hook(lambda module, states: seen.append(states[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
     """Let the model attend by the function of that name in transformers' AttentionInterface, for the time of a `with` block."""
     config = model.config.get_text_config()

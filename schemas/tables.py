@@ -90,6 +90,17 @@ class Replies(pa.DataFrameModel):
         strict = True
 
 
+class PromptStates(pa.DataFrameModel):
+    """What the base model holds in its middle when it has read an agent turn's prompt: one row a turn."""
+
+    conversation_id: str
+    number: int = pa.Field(ge=0, description="which agent turn of the conversation")
+    state: pl.List = pa.Field(dtype_kwargs={"inner": pl.Float32}, description="what enters layer `handoff_score.layer` at the prompt's last token")
+
+    class Config:
+        strict = True
+
+
 class Scores(pa.DataFrameModel):
     """handoff_score's table: one row an agent turn of the calibration and held-out conversations."""
 

@@ -48,10 +48,13 @@ def mean_auc(scores: Any, handoff: Any, companies: Any) -> float:
 
 
 def logistic(strength: float) -> Any:
-    """An unfitted logistic regression, the two classes weighed alike."""
+    """An unfitted logistic regression, the two classes weighed alike.
+
+    For features that are few beside the turns: Newton's method ends in a dozen steps where the usual L-BFGS takes hundreds.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    return LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+    return LogisticRegression(C=strength, class_weight="balanced", solver="newton-cholesky")
 
 
 def best_strength(model: Callable[[float], Any], features: Any, handoff: Any, companies: Any) -> tuple[float, float]:

@@ -142,7 +142,7 @@ def write_table(path: Path, frame: pl.DataFrame, schema: type[pa.DataFrameModel]
 
 def _producer(path: Path) -> str:
     if path.parent.name == "predict":
-        return f"predict_{path.stem}"
+        return f"predict_{path.stem.split('_')[0]}"
     return path.parent.name if path.parent.parent.name in {"data", "models"} else path.stem
 
 

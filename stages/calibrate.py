@@ -27,7 +27,7 @@ from stages._curve_svg import Mark, draw
 from stages._intervals import WANTED, clopper_pearson_upper, cluster_auc, cluster_ratio, turns_needed
 from stages._logistic import ranking
 from stages._paired import compare_pairs
-from stages._policy import SCORE, minutes, parse_predictions, scored_rows, tuned
+from stages._policy import SCORE, hands_off, minutes, parse_predictions, scored_rows, tuned
 from stages._rates import clustered_rate, outcomes, rate
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
 from stages._threshold import Cut, choose, conformal, degenerate, in_words, platt, recalibrated
@@ -61,9 +61,18 @@ class Point:
     """What the calibration turns of one model give."""
 
     cut: Cut
+    rates: dict[str, Any]
     slope: float
     intercept: float
     bound: dict[str, Any]
+
+
+def at_cut(calibration: pl.DataFrame, cut: Cut) -> dict[str, Any]:
+    """Recall and over-escalation of a threshold on the calibration turns, with their intervals."""
+    import polars as pl
+
+    found = outcomes(calibration.with_columns(action=pl.when(hands_off(cut.threshold)).then(pl.lit("escalate"))))
+    return {name: clustered_rate(found[name]) for name in WANTED}
 
 
 def fit(calibration: pl.DataFrame, model: str, params: CalibrateParams) -> Point:
@@ -77,7 +86,7 @@ def fit(calibration: pl.DataFrame, model: str, params: CalibrateParams) -> Point
         raise InputError(f"{model} has {int(handoff.sum())} hand-off turns among {len(handoff)} calibration turns: a threshold needs both kinds",
                          f"dvc repro eval_exact writes {CALIBRATION}; data.scenarios_per_company in params.yaml makes it larger")
     cut = choose(scores, handoff, params.rule, params.cost_missed, params.cost_needless, params.max_over_escalation)
-    return Point(cut, *platt(scores, handoff), conformal(scores, handoff, params.conformal_miss_rate))
+    return Point(cut, at_cut(calibration, cut), *platt(scores, handoff), conformal(scores, handoff, params.conformal_miss_rate))
 
 
 def at_policy(rows: pl.DataFrame, params: CalibrateParams) -> dict[str, Any]:
@@ -279,8 +288,7 @@ def main() -> None:
         "costs": {"missed_minutes": params.cost_missed, "needless_minutes": params.cost_needless, "origin": "assumed, not measured"},
         "warnings": warnings,
         "thresholds": {model: {
-            "threshold": point.cut.threshold, "escalate_recall": rate(point.cut.handoffs - point.cut.missed, point.cut.handoffs),
-            "over_escalation": rate(point.cut.needless, point.cut.others),
+            "threshold": point.cut.threshold, **point.rates,
             "recalibration": {"method": "platt", "slope": point.slope, "intercept": point.intercept}, "conformal": point.bound}
             for model, point in points.items()},
         "held_out": found,

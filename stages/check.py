@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
+from agent.handoff_score import HandoffScoreParams
 from agent.student import StudentParams
 from schemas.company import Company
 from schemas.errors import InputError
@@ -19,7 +20,6 @@ from stages._stage import PARAMS, DataParams, Params, load_params, read_params, 
 from stages.calibrate import CalibrateParams
 from stages.eval_judge import EvalJudgeParams
 from stages.gate import GateParams
-from stages.handoff_score import HandoffScoreParams
 from stages.oversample import OversampleParams
 from stages.predict import PredictParams
 from stages.qlora_train import QloraTrainParams

@@ -1,6 +1,6 @@
 """Score how likely every agent turn is to be handed off.
 
-Reads   data/verify/{train,calibration,held_out}.parquet
+Reads   data/verify/{train,calibration,held_out}.parquet, data/predict/base_states.parquet
 Writes  data/handoff_score/scores.parquet, models/handoff_score.json, metrics/handoff_score.json
 
 `p_escalate` stacks two logistic regressions (Wolpert 1992, "Stacked generalization"), which err on different turns: a
@@ -12,8 +12,8 @@ It is asked before a word is written, as P(IK) is in Kadavath et al. 2022: what 
 `escalate` behind it rank the turns worse, and cost a thought (metrics/LOG.md). So whatever is then written, valid or not, and however
 many tokens an action's name has, does not enter it. No adapter lies below the layer (`qlora_train.first_layer`), so base
 and student share the score, and training the student anew leaves it as it is. Whoever runs the student has it for next to
-nothing, halfway through reading the prompt; here it takes half a reading of the three splits, of the training split only
-if training has not left it (agent/layer_states.py).
+nothing, halfway through reading the prompt. So it is here: the base model's predictions leave what it takes of the held-out
+turns, and training what it takes of its own (agent/layer_states.py); calibration conversations alone are read, by half the model.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
 from agent.encode import Encoder
-from agent.handoff_score import HandoffScore, Linear
+from agent.handoff_score import HandoffScore, HandoffScoreParams, Linear, check_layer
 from agent.student import StudentParams, load_base, load_tokenizer
 from schemas.errors import InputError
-from schemas.tables import Scores, Verified
+from schemas.tables import PromptStates, Scores, Verified
 from schemas.yardsticks import HandoffScoreMetrics
 from stages._bag_of_words import bag_of_words_model, heard
 from stages._conversations import Item, encode_table
 from stages._logistic import best_strength, figures, left_out_log_odds, logistic, mean_auc
-from stages._stage import Params, load_params, read_table, run, say, write_metrics, write_table
+from stages._stage import load_params, read_table, run, say, write_metrics, write_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,41 +42,48 @@ if TYPE_CHECKING:
 TRAIN = Path("data/verify/train.parquet")
 CALIBRATION = Path("data/verify/calibration.parquet")
 HELD_OUT = Path("data/verify/held_out.parquet")
+STATES = Path("data/predict/base_states.parquet")
 SCORES = Path("data/handoff_score/scores.parquet")
 MODEL = Path("models/handoff_score.json")
 METRICS = Path("metrics/handoff_score.json")
 
 
-class HandoffScoreParams(Params):
-    """`handoff_score`."""
-
-    layer: int = Field(ge=1, description="the probe reads what enters this layer, counted from 0")
+States = dict[tuple[str, int], "np.ndarray"]
+"""(conversation_id, number of the agent turn) -> what enters the layer at the end of its prompt, (H)."""
 
 
-def check_layer(layer: int, model: Any) -> None:
-    """Refuse a layer that is not there.
-
-    Raises:
-        InputError: there is no such layer.
-    """
-    if layer > (layers := model.config.get_text_config().num_hidden_layers):
-        raise InputError(f"handoff_score.layer is {layer}, and the student has layers 0 to {layers - 1}", "lower it in params.yaml")
-
-
-def prompt_states(conversations: list[Item], states: LayerStates, what: str) -> dict[tuple[str, int], np.ndarray]:
-    """What enters the layer at the end of every agent turn's prompt, (H)."""
+def prompt_states(conversations: list[Item], states: LayerStates, what: str) -> States:
+    """Of conversations that are read, as far as they have not been."""
     states.compute([encoded for *_, encoded in conversations], what)
     return {(name, number): state.double().numpy() for _, name, encoded in conversations
             for number, state in enumerate(states.rest(encoded)[encoded.prompt_ends()])}
 
 
-def states_of(turns: pl.DataFrame, states: dict[tuple[str, int], np.ndarray]) -> np.ndarray:
-    """The states of the turns of a table that `heard` made, in its order, (N, H)."""
+def kept_states(path: Path) -> States:
+    """Of the conversations that the base model has taken the turns of.
+
+    Raises:
+        InputError: as `read_table`.
+    """
+    import numpy as np
+
+    return {(name, number): np.array(state) for name, number, state in read_table(path, PromptStates).select(
+        "conversation_id", "number", "state").iter_rows()}
+
+
+def states_of(turns: pl.DataFrame, states: States) -> np.ndarray:
+    """The states of the turns of a table that `heard` made, in its order, (N, H).
+
+    Raises:
+        InputError: a turn has none.
+    """
     import numpy as np
     import polars as pl
 
-    numbered = turns.select("conversation_id", number=pl.int_range(pl.len()).over("conversation_id"))
-    return np.stack([states[turn] for turn in numbered.iter_rows()])
+    numbered = list(turns.select("conversation_id", number=pl.int_range(pl.len()).over("conversation_id")).iter_rows())
+    if missing := sum(turn not in states for turn in numbered):
+        raise InputError(f"{STATES} lacks {missing} of {len(numbered)} agent turns", "dvc repro --force --single-item predict_base")
+    return np.stack([states[turn] for turn in numbered])
 
 
 def fit(states: np.ndarray, said: list[str], handoff: np.ndarray, companies: np.ndarray, layer: int) -> tuple[HandoffScore, float, float]:
@@ -128,6 +133,7 @@ def main() -> None:
     params, student = load_params("handoff_score", HandoffScoreParams), load_params("student", StudentParams)
     tables = {split: read_table(path, Verified) for split, path in (("train", TRAIN), ("calibration", CALIBRATION), ("held_out", HELD_OUT))}
     turns = {split: heard(table, split) for split, table in tables.items()}
+    states = {"held_out": states_of(turns["held_out"], kept_states(STATES))}
 
     from agent.layer_states import LayerStates
 
@@ -135,8 +141,10 @@ def main() -> None:
     model = load_base(student).eval()
     check_layer(params.layer, model)
     started, entering = time.monotonic(), LayerStates(model, params.layer)
-    states = {split: states_of(turns[split], prompt_states(encode_table(table, encoder), entering, f"hand-off score: {split}"))
-              for split, table in tables.items()}
+    conversations = {"train": encode_table(tables["train"], encoder),
+                     "calibration": [(group, name, encoded.prompts()) for group, name, encoded in encode_table(tables["calibration"], encoder)]}
+    for split, items in conversations.items():
+        states[split] = states_of(turns[split], prompt_states(items, entering, f"hand-off score: {split}"))
     seconds = time.monotonic() - started
 
     said = {split: of["said"].list.join("\n").to_list() for split, of in turns.items()}
@@ -149,7 +157,7 @@ def main() -> None:
     measured = figures(strength, auc, scores, handoff, turns["held_out"]["company"].to_numpy())
     write_metrics(METRICS, {"student": student.weights, "layer": params.layer, **measured}, HandoffScoreMetrics)
     aucs = ", ".join(f"{slug} {of['auc']:.2f}" if of else f"{slug} –" for slug, of in measured["held_out"].items())
-    say(f"handoff_score: {sum(map(len, turns.values()))} turns read in {seconds:.0f} s; "
+    say(f"handoff_score: {sum(map(len, turns.values()))} turns, {seconds:.0f} s to read what had not been; "
         f"AUC on left-out training companies {auc:.2f}, held out: {aucs}")
 
 

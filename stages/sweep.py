@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from agent.decode import TurnDecoder
 from agent.encode import Encoder
 from agent.paths import CACHE
 from agent.student import StudentParams, load_student, load_tokenizer
@@ -160,7 +161,8 @@ def replies(folder: Path, split: Path, params: PredictParams, student: StudentPa
     path = folder / f"{split.stem}-{_digest([code('predict_student'), params.max_new_tokens], split)}.parquet"
     if not path.is_file():
         tokenizer = load_tokenizer(student)
-        rows = decode_all(encode_table(table, Encoder(tokenizer)), load_student(student, folder / ADAPTER), tokenizer, params, False)
+        decoder = TurnDecoder(load_student(student, folder / ADAPTER), tokenizer, params.max_new_tokens, params.turns_at_once)
+        rows = decode_all(encode_table(table, Encoder(tokenizer)), decoder, False)
         write_table(path, pl.DataFrame(rows, schema_overrides={"other": pl.String}).with_columns(model=pl.lit("student")), Replies)
     return gold_turns(table).join(parse_replies(read_table(path, Replies)), on=["conversation_id", "number"], how="inner")
 

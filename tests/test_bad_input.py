@@ -229,11 +229,12 @@ def test_a_repeated_line_stops_the_corpus_stage(work):
     ("verify", [], TRACES), ("oversample", [], TRAIN), ("eval_exact", [], HELD_OUT), ("eval_judge", [], PREDICTIONS),
     ("eval_judge", [PREDICTIONS], HELD_OUT), ("qlora_train", [], "data/oversample/train.parquet"),
     ("eval_exact", [HELD_OUT, VERIFIED_CALIBRATION], HANDOFF_SCORES), ("handoff_score", [], TRAIN), ("yardsticks", [], TRAIN),
+    ("handoff_score", [TRAIN, VERIFIED_CALIBRATION, HELD_OUT], "data/predict/base_states.parquet"),
     ("calibrate", [], PREDICTIONS), ("compare", [], PREDICTIONS), ("predict base", [], HELD_OUT), ("predict student", [], HELD_OUT),
     ("gate", [], "metrics/calibrate_detail.json"),
 ])
 def test_a_stage_before_its_input_names_the_file_and_its_stage(work, stage, present, missing):
-    frames = {HELD_OUT: table("tearoom"), VERIFIED_CALIBRATION: table("teashop"), PREDICTIONS: predictions()}
+    frames = {TRAIN: table("teashop"), HELD_OUT: table("tearoom"), VERIFIED_CALIBRATION: table("teashop"), PREDICTIONS: predictions()}
     for path in present:
         put(work, path, frames[path])
     error, hint = refused(work, *stage.split(), *(["workspace", "workspace"] if stage == "compare" else []), by=run)

@@ -118,6 +118,10 @@ def test_the_operating_point_does_to_the_calibration_turns_what_it_says(work):
     assert (counts.turns, counts.handoff_turns) == (len(rows), gold.sum())
     assert (counts.missed, counts.needless) == ((gold & ~handed).sum(), (~gold & handed).sum())
     assert counts.needless <= 0.05 * (~gold).sum()
+    rates = detail(work[0])["thresholds"]["student"]
+    for name, k, n in (("escalate_recall", (gold & handed).sum(), gold.sum()), ("over_escalation", counts.needless, (~gold).sum())):
+        of = rates[name]
+        assert (of["k"], of["n"]) == (k, n) and of["low"] < k / n < of["high"] and of["cluster_low"] <= k / n <= of["cluster_high"]
 
 
 def test_the_figures_are_those_of_what_acts(work):

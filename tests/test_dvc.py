@@ -49,7 +49,7 @@ STUDENT = {"qlora_train", "predict_student", "eval_exact", "eval_judge", "calibr
     ("eval_judge.judge", {"eval_judge"}),
     ("simulator.judge", {"eval_judge"}),
     ("verify.calibration_one_in", {"verify", "oversample", "handoff_score", "predict_base", "yardsticks"} | STUDENT),
-    ("handoff_score.layer", {"handoff_score", "eval_exact", "eval_judge", "calibrate"}),
+    ("handoff_score.layer", {"predict_base", "handoff_score", "eval_exact", "eval_judge", "calibrate"}),
     ("calibrate.rule", {"calibrate"}),
     ("gate.min_recall", set()),
 ])
@@ -62,7 +62,7 @@ def test_an_edited_parameter_reruns_what_it_must_and_no_more(param, reached):
     ("stages/eval_judge.py", {"eval_judge"}),
     ("stages/oversample.py", {"oversample"} | STUDENT),
     ("agent/endpoint.py", {"teacher_gen", "verify", "oversample", "handoff_score", "predict_base", "yardsticks"} | STUDENT),
-    ("agent/decode.py", {"predict_base", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
+    ("agent/decode.py", {"predict_base", "handoff_score", "predict_student", "eval_exact", "eval_judge", "calibrate"}),
     ("agent/prefill.py", {"handoff_score", "predict_base"} | STUDENT),  # training reads through it what the layers below the adapter say
     ("stages/_threshold.py", {"calibrate"}),
     ("stages/_bag_of_words.py", {"corpus", "handoff_score", "yardsticks", "eval_exact", "eval_judge", "calibrate"}),

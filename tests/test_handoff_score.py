@@ -11,13 +11,14 @@ import pytest
 import torch
 import yaml
 
-from agent.handoff_score import HandoffScore
+from agent.handoff_score import HandoffScore, check_layer
 from agent.layer_states import LayerStates
 from schemas.errors import InputError
-from schemas.tables import Scores, Verified
+from schemas.tables import PromptStates, Scores, Verified
+from stages._bag_of_words import heard
 from stages._conversations import encode_table
 from stages._stage import read_table, write_table
-from stages.handoff_score import check_layer, prompt_states
+from stages.handoff_score import kept_states, prompt_states, states_of
 from tests.deciding import command
 from tests.students import ALL, HANDOFF, LONG, SEARCH, SYSTEM, base, encoder, table, tokenizer
 
@@ -35,9 +36,17 @@ def put(folder, tables):
     (folder / "data/verify").mkdir(parents=True)
     for split, part in tables.items():
         write_table(folder / f"data/verify/{split}.parquet", part, Verified)
+    states = prompt_states(encode_table(tables["held_out"], encoder()), LayerStates(base(), LAYER, folder / "states"), "test")
+    keep(folder, [(*turn, state.astype("float32")) for turn, state in states.items()])
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["handoff_score"]["layer"] = LAYER
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+
+
+def keep(folder, states):
+    """What predict_base leaves."""
+    table = pl.DataFrame(states, orient="row", schema={"conversation_id": pl.String, "number": pl.Int64, "state": pl.List(pl.Float32)})
+    write_table(folder / "data/predict/base_states.parquet", table, PromptStates)
 
 
 @pytest.fixture
@@ -119,8 +128,19 @@ def test_a_turns_state_is_that_of_its_prompt_and_of_nothing_that_comes_after(tmp
 
 
 def test_a_layer_that_is_not_there_is_one_sentence():
-    with pytest.raises(InputError, match=r"handoff_score\.layer is 31, and the student has layers 0 to 29"):
-        check_layer(31, base())
+    check_layer(29, base())
+    with pytest.raises(InputError, match=r"handoff_score\.layer is 30, and the student has layers 0 to 29"):
+        check_layer(30, base())
+
+
+def test_turns_that_predict_base_left_no_state_of_are_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    keep(tmp_path, [("tavern/h/0", 0, [0.5] * 4), ("tavern/h/0", 2, [0.25] * 4)])
+    states = kept_states(tmp_path / "data/predict/base_states.parquet")
+    assert states["tavern/h/0", 2].tolist() == [0.25] * 4
+    with pytest.raises(InputError, match="lacks 1 of 3 agent turns") as error:
+        states_of(heard(table({"h": LONG}, "tavern"), "held_out"), states)
+    assert "predict_base" in error.value.hint
 
 
 def test_too_few_hand_offs_are_one_sentence_and_leave_no_output(run, tmp_path):

@@ -93,6 +93,17 @@ def test_attention_in_two_parts_is_attention_over_both(dtype, tolerance):
     assert torch.allclose(parted.float(), whole, atol=tolerance, rtol=tolerance)
 
 
+def test_what_enters_a_layer_is_kept_of_every_turns_prompt():
+    decoder = TurnDecoder(base(), tokenizer(), 4, 2, layer=15)
+    assert len(list(decoder.decode(encoded(), [greedy]))) == len(ALL)
+    kept = [state for number in sorted(decoder.states) for state in decoder.states[number]]
+    for before, state in zip(turns(), kept, strict=True):
+        with torch.inference_mode():
+            alone = base()(torch.tensor([before], device=base().device), output_hidden_states=True).hidden_states[15][0, -1].cpu()
+        assert torch.allclose(state, alone, atol=1e-3)
+    assert not base().model.layers[15]._forward_pre_hooks
+
+
 def test_nothing_to_decode_is_no_error():
     assert list(TurnDecoder(base(), tokenizer(), NEW, 64).decode([], [greedy])) == []
 
