@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from agent.encode import Encoded
 from agent.prefill import Prefill
-from agent.student import attention, entering
+from agent.student import attention, entering_layer
 from schemas.action import ActionName
 
 ACTION_OPENING = '"action": "'
@@ -297,7 +297,7 @@ class TurnDecoder:
         """Read a conversation, as `Prefill` does."""
         if self.layer is None:
             return self._prefill(encoded)
-        with entering(self.model, self.layer) as seen:
+        with entering_layer(self.model, self.layer) as seen:
             read = self._prefill(encoded)
         self.states[number] = seen[-1][0, encoded.prompt_ends()].cpu()
         return read

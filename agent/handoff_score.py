@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from schemas.errors import InputError
 
@@ -14,23 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
-
-
-class HandoffScoreParams(BaseModel):
-    """`handoff_score`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    layer: int = Field(ge=1, description="the probe reads what enters this layer, counted from 0")
-
-
-def check_layer(layer: int, model: Any) -> None:
-    """Refuse a layer that is not there.
-
-    Raises:
-        InputError: there is no such layer.
-    """
-    if layer >= (layers := model.config.get_text_config().num_hidden_layers):
-        raise InputError(f"handoff_score.layer is {layer}, and the student has layers 0 to {layers - 1}", "lower it in params.yaml")
 
 
 class Linear(BaseModel):

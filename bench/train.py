@@ -161,7 +161,7 @@ def draw(options: argparse.Namespace) -> tuple[Setting, float]:
     from agent.encode import Encoder
     from agent.student import StudentParams, load_tokenizer
     from stages._batches import count_copies, make_batches
-    from stages._conversations import encode_table
+    from stages._encoded import encode_table
     from stages.qlora_train import QloraTrainParams
 
     params = load_params("qlora_train", QloraTrainParams).model_copy(update={"epochs": 1})

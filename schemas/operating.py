@@ -55,6 +55,17 @@ class Platt(_Strict):
     intercept: float
 
 
+class MissBound(_Strict):
+    """Of the calibration hand-offs how many the threshold misses, and what share of further ones like them it may; or why they are too few."""
+
+    k: Count
+    n: Count
+    upper_95: Share
+    refused: str | None
+    needed_handoff_turns: Count
+    note: str
+
+
 class Conformal(_Strict):
     """The score below which a turn is left to the agent so that a hand-off is missed at most at `miss_rate`, or why there is none."""
 
@@ -73,6 +84,7 @@ class OperatingPoint(_Strict):
     threshold: Share | None
     rule: RuleText
     calibration: CalibrationCounts
+    miss_rate: MissBound | None = None  # older revisions have none, and are compared too
     recalibration: Platt
     conformal: Conformal
 
@@ -92,6 +104,7 @@ class Calibrated(_Strict):
     at_threshold: AtPolicy
     auc: Share | None
     brier: Share
+    brier_recalibrated: Share
 
 
 class CalibrateMetrics(BaseModel):

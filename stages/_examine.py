@@ -12,12 +12,11 @@ from schemas.company import Company
 from schemas.traces import Message, RejectReason, Role
 from stages._chunks import digest
 from stages._rules import Case, Rejection, first_broken, read_steps
+from stages._sentences import sentences
 
 if TYPE_CHECKING:
     import polars as pl
 
-LINE_WORDS = 5
-"""A line of at least this many words that also stands in a held-out company is held-out text; shorter ones are anybody's."""
 _ROLES = {role.value: role for role in Role}
 _quoted = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -37,8 +36,8 @@ class Examined:
     rejection: Rejection | None
     canonical: dict[int, str] = field(default_factory=dict)
     """The agent's messages that are no canonical JSON, as such, by message index."""
-    lines: tuple[bytes | None, ...] = ()
-    """The digest of every message's line, None where it has none."""
+    sentences: tuple[tuple[bytes, ...], ...] = ()
+    """Of every message to or by the customer, the digests of its `sentences`."""
     spoken: bytes = b""
     """The digest of all that customer and agent said to each other."""
     turns: int = 0
@@ -70,11 +69,12 @@ class Examiner:
             Case(messages, steps, self._companies.get(company), self._scenarios.get((company, scenario or ""))))
         if rejection or isinstance(steps, Rejection):
             return Examined(name, company, scenario, first, rejection)
-        said = [words(spoken(message, steps.get(index))) for index, message in enumerate(messages)]
+        texts = [spoken(message, steps.get(index)) for index, message in enumerate(messages)]
         return Examined(
             name, company, scenario, first, None,
             {index: step.to_json() for index, step in steps.items() if not _is_canonical(messages[index].content, step)},
-            tuple(map(line, said)), digest("\n".join(said)), len(steps), sum(step.action is ActionName.ESCALATE for step in steps.values()))
+            tuple(tuple(map(digest, sentences(text))) for text in texts), digest("\n".join(map(words, texts))),
+            len(steps), sum(step.action is ActionName.ESCALATE for step in steps.values()))
 
 
 def _is_canonical(text: str, step: Action) -> bool:
@@ -91,8 +91,3 @@ def spoken(message: Message, step: Action | None) -> str:
 def words(text: str) -> str:
     """A text as it is compared: in small letters, one space between words."""
     return " ".join(text.lower().split())
-
-
-def line(said: str) -> bytes | None:
-    """The digest of something said, as `words` has it; None where it is too short to be somebody's."""
-    return digest(said) if said.count(" ") >= LINE_WORDS - 1 else None

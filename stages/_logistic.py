@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -13,15 +12,6 @@ from schemas.errors import InputError
 
 STRENGTHS = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)
 """Inverse regularisation that may be chosen."""
-
-
-def left_out_auc(make: Callable[[], Any], features: Any, handoff: Any, companies: Any) -> float:
-    """Mean AUC over the companies, each scored by a fit on the others.
-
-    Raises:
-        InputError: fewer than two companies have hand-offs.
-    """
-    return mean_auc(left_out_log_odds(make(), features, handoff, companies), handoff, companies)
 
 
 def left_out_log_odds(model: Any, features: Any, handoff: Any, companies: Any) -> Any:
@@ -57,8 +47,10 @@ def logistic(strength: float) -> Any:
     return LogisticRegression(C=strength, class_weight="balanced", solver="newton-cholesky")
 
 
-def best_strength(model: Callable[[float], Any], features: Any, handoff: Any, companies: Any) -> tuple[float, float]:
-    """The inverse regularisation with the highest AUC on left-out companies, and that AUC; the stronger one of equals.
+def best_strength(model: Callable[[float], Any], features: Any, handoff: Any, companies: Any) -> tuple[float, Any]:
+    """The inverse regularisation with the highest AUC on left-out companies, and the log-odds by fits without each turn's company, (n).
+
+    From the strongest on, up to the first that is no better: what comes after it fits the training companies ever closer.
 
     Args:
         model: makes an unfitted one of a strength; whatever it learns of the features, it learns without the left-out company.
@@ -66,10 +58,13 @@ def best_strength(model: Callable[[float], Any], features: Any, handoff: Any, co
         handoff: which of the n turns hand off.
         companies: the company of each.
     """
-    auc = {strength: left_out_auc(partial(model, strength), features, handoff, companies)
-           for strength in tqdm(STRENGTHS, desc="regularisation", unit="strength", file=sys.stderr)}
-    best = max(auc, key=lambda strength: (auc[strength], -strength))
-    return best, auc[best]
+    best, highest, log_odds = STRENGTHS[0], -1.0, None
+    for strength in tqdm(STRENGTHS, desc="regularisation", unit="strength", file=sys.stderr):
+        found = left_out_log_odds(model(strength), features, handoff, companies)
+        if (auc := mean_auc(found, handoff, companies)) <= highest:
+            break
+        best, highest, log_odds = strength, auc, found
+    return best, log_odds
 
 
 def ranking(scores: Any, handoff: Collection[bool]) -> dict[str, float]:

@@ -6,15 +6,20 @@ Every function takes calibration scores (n,) and whether each turn should hand o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil, floor, log
 from typing import Any
 
 from schemas.operating import Rule
+from stages._intervals import clopper_pearson_upper
 
 CLIP = 1e-6
 NOTE = ("The bound holds for turns that are exchangeable with the calibration turns. Those come from the training companies; a turn of a new "
         "company is not exchangeable with them, so for a new company it is a starting point and no guarantee. The same calibration "
         "turns were looked at when the score was chosen, so for the training companies too it is not exact.")
+
+
+SEEN = ("The threshold was chosen on these very turns, so the limit is on the low side; and it says nothing of a company that is not like those they "
+        "come from.")
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,18 @@ def recalibrated(scores: Any, slope: float, intercept: float) -> Any:
     import numpy as np
 
     return 1 / (1 + np.exp(-(slope * logit(scores) + intercept)))
+
+
+def miss_bound(cut: Cut, miss_rate: float) -> dict[str, Any]:
+    """How large a share of hand-offs like the calibration ones a threshold may miss: the exact upper 95 % limit (Clopper and Pearson 1934).
+
+    Refused where there are so few of them that not even none missed would bound it at `miss_rate`.
+    """
+    needed = ceil(log(0.05) / log(1 - miss_rate) - 1e-9)
+    refused = None if cut.handoffs >= needed else (
+        f"{cut.handoffs} hand-off turns are too few to show that at most {100 * miss_rate:g} % are missed: with none missed it takes {needed}")
+    return {"k": cut.missed, "n": cut.handoffs, "upper_95": clopper_pearson_upper(cut.missed, cut.handoffs), "refused": refused,
+            "needed_handoff_turns": needed, "note": SEEN}
 
 
 def conformal(scores: Any, handoff: Any, miss_rate: float) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from stages._paired import compare_pairs
 from stages._policy import SCORE, hands_off, minutes, parse_predictions, scored_rows, tuned
 from stages._rates import clustered_rate, outcomes, rate
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
-from stages._threshold import Cut, choose, conformal, degenerate, in_words, platt, recalibrated
+from stages._threshold import Cut, choose, conformal, degenerate, in_words, miss_bound, platt, recalibrated
 
 if TYPE_CHECKING:
     import polars as pl
@@ -62,6 +62,7 @@ class Point:
 
     cut: Cut
     rates: dict[str, Any]
+    missed: dict[str, Any]
     slope: float
     intercept: float
     bound: dict[str, Any]
@@ -86,7 +87,8 @@ def fit(calibration: pl.DataFrame, model: str, params: CalibrateParams) -> Point
         raise InputError(f"{model} has {int(handoff.sum())} hand-off turns among {len(handoff)} calibration turns: a threshold needs both kinds",
                          f"dvc repro eval_exact writes {CALIBRATION}; data.scenarios_per_company in params.yaml makes it larger")
     cut = choose(scores, handoff, params.rule, params.cost_missed, params.cost_needless, params.max_over_escalation)
-    return Point(cut, at_cut(calibration, cut), *platt(scores, handoff), conformal(scores, handoff, params.conformal_miss_rate))
+    return Point(cut, at_cut(calibration, cut), miss_bound(cut, params.conformal_miss_rate), *platt(scores, handoff),
+                 conformal(scores, handoff, params.conformal_miss_rate))
 
 
 def at_policy(rows: pl.DataFrame, params: CalibrateParams) -> dict[str, Any]:
@@ -192,8 +194,7 @@ def warnings_of(points: dict[str, Point], by_company: dict[str, dict[str, Any]],
             found.append(f"{model}: on the calibration turns the rule comes down to '{extreme} hand off': the score is too weak for it")
         if point.slope == 0:
             found.append(f"{model}: the score does not rise with the share of hand-offs, so the map says the base rate everywhere")
-        if point.bound["refused"]:
-            found.append(f"{model}: {point.bound['refused']}")
+        found += [f"{model}: {bound['refused']}" for bound in (point.missed, point.bound) if bound["refused"]]
     for company, models in by_company.items():
         bounded = models["student"].get("at_conformal", {}).get("escalate_recall")
         if bounded and bounded["high"] < 1 - params.conformal_miss_rate:
@@ -216,7 +217,8 @@ def short(of: dict[str, Any]) -> dict[str, Any]:
         shares = {name: policy[name]["k"] / policy[name]["n"] if policy[name]["n"] else 0.0 for name in WANTED}
         return {**shares, "expected_cost": policy["expected_cost"]["value"]}
 
-    return {**{name: figures(of[name]) for name in ("plain", "at_threshold") if name in of}, "auc": of["auc"]["value"], "brier": of["brier"]["raw"]}
+    return {**{name: figures(of[name]) for name in ("plain", "at_threshold") if name in of}, "auc": of["auc"]["value"],
+            "brier": of["brier"]["raw"], "brier_recalibrated": of["brier"]["recalibrated"]}
 
 
 def write_operating_point(calibration: pl.DataFrame, point: Point, params: CalibrateParams) -> None:
@@ -226,6 +228,7 @@ def write_operating_point(calibration: pl.DataFrame, point: Point, params: Calib
         "rule": {"name": params.rule.value, "in_words": in_words(params.rule, params.cost_missed, params.cost_needless, params.max_over_escalation)},
         "calibration": {"conversations": calibration["conversation_id"].n_unique(), "turns": len(calibration), "handoff_turns": point.cut.handoffs,
                         "missed": point.cut.missed, "needless": point.cut.needless},
+        "miss_rate": point.missed,
         "recalibration": {"method": "platt", "slope": point.slope, "intercept": point.intercept}, "conformal": point.bound}
     OperatingPoint.model_validate(content)
     OPERATING_POINT.parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +291,7 @@ def main() -> None:
         "costs": {"missed_minutes": params.cost_missed, "needless_minutes": params.cost_needless, "origin": "assumed, not measured"},
         "warnings": warnings,
         "thresholds": {model: {
-            "threshold": point.cut.threshold, **point.rates,
+            "threshold": point.cut.threshold, **point.rates, "miss_rate": point.missed,
             "recalibration": {"method": "platt", "slope": point.slope, "intercept": point.intercept}, "conformal": point.bound}
             for model, point in points.items()},
         "held_out": found,

@@ -1,4 +1,5 @@
-"""Find mistakes in params.yaml, the companies and the logs before anything runs: DVC removes a stage's outputs before it starts it.
+"""Find mistakes in params.yaml, the companies and the logs, and missing weights, before anything runs: DVC removes a stage's outputs before it
+starts it.
 
     python -m stages.check
 
@@ -9,8 +10,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from agent.handoff_score import HandoffScoreParams
-from agent.student import StudentParams
+from agent.probe_layer import HandoffScoreParams
+from agent.student import StudentParams, find_weights
 from schemas.company import Company
 from schemas.errors import InputError
 from schemas.recorded import Source
@@ -26,6 +27,7 @@ from stages.qlora_train import QloraTrainParams
 from stages.report import ReportParams
 from stages.teacher_gen import TeacherGenParams
 from stages.verify import VerifyParams
+from stages.yardsticks import model_folder
 
 
 class SimulatorParams(Params):
@@ -66,9 +68,20 @@ def check_companies() -> dict[str, Company]:
     return used_companies(data, {row["company"] for row in read_logs(generation.recorded, data).traces})
 
 
+def check_weights() -> None:
+    """The weights that stages load hours later: the student's, as far as they are on this machine, and the sentence embedding's.
+
+    Raises:
+        InputError: they are not there.
+    """
+    find_weights(load_params("student", StudentParams).weights)
+    model_folder()
+
+
 def main() -> None:
     check_sections()
     companies = check_companies()
+    check_weights()
     say(f"check: {len(SECTIONS)} sections of {PARAMS} and {len(companies)} companies can be read")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from schemas.errors import InputError
 from stages._bag_of_words import bag_of_words_model
 from stages._logistic import ranking
 from stages._rules import examine
+from stages._sentences import plain, sentences
 from stages._stage import DataParams, load_params, run, say, used_companies, write_metrics
 
 BLIND_LABELS = Path("data/blind_labels")
@@ -51,10 +51,6 @@ def faults(company: Company) -> list[str]:
     return found + repeats([company])
 
 
-def _normal(text: str) -> str:
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
-
-
 def repeats(companies: list[Company]) -> list[str]:
     """Lines, sentences (of five words or more), thoughts or customers' aims that occur twice, and openings too alike."""
     where: dict[tuple[str, str], str] = {}
@@ -65,11 +61,11 @@ def repeats(companies: list[Company]) -> list[str]:
             texts = [("customer", turn.customer) for turn in scenario.turns]
             texts += [("agent", step.message) for step in scenario.steps if step.message]
             pieces = [(who, text) for who, text in texts]
-            pieces += [("sentence", part) for _, text in texts for part in re.split(r"(?<=[.!?])\s+|\n+", text) if len(part.split()) >= 5]
+            pieces += [("sentence", part) for _, text in texts for part in sentences(text)]
             pieces += [("thought", step.thought) for step in scenario.steps]
             pieces += [("aim and facts", f"{scenario.customer.aim} {scenario.customer.facts}")]
             for who, text in pieces:
-                key = (who, _normal(text))
+                key = (who, plain(text))
                 if key in where:
                     found.append(f"scenario {name}: {who} line also in {where[key]}: {text[:70]!r}")
                 where[key] = name
@@ -132,7 +128,7 @@ def describe(company: Company) -> dict[str, Any]:
     rows = decisions(company)
     handoffs = [s for s in scenarios if s.kind is Kind.HANDOFF]
     thoughts = [step.thought for s in scenarios for step in s.steps]
-    trigrams = [gram for text in thoughts for gram in zip(*(_normal(text).split()[i:] for i in range(3)), strict=False)]
+    trigrams = [gram for text in thoughts for gram in zip(*(plain(text).split()[i:] for i in range(3)), strict=False)]
     steps = [len(s.steps) for s in scenarios]
     return {
         "articles": len(company.articles), "policy_words": len(company.policy.split()),

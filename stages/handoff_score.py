@@ -11,8 +11,8 @@ fitted on the training companies' turns; the probe's strength, and how the two a
 It is asked before a word is written, as P(IK) is in Kadavath et al. 2022: what the student thinks and the probability of
 `escalate` behind it rank the turns worse, and cost a thought (metrics/LOG.md). So whatever is then written, valid or not, and however
 many tokens an action's name has, does not enter it. No adapter lies below the layer (`qlora_train.first_layer`), so base
-and student share the score, and training the student anew leaves it as it is. Whoever runs the student has it for next to
-nothing, halfway through reading the prompt. So it is here: the base model's predictions leave what it takes of the held-out
+and student share the score, and training the student anew leaves it as it is. Whoever runs the student has it for a
+millisecond a turn, halfway through reading the prompt that is read anyway. So it is here: the base model's predictions leave what it takes of the held-out
 turns, and training what it takes of its own (agent/layer_states.py); calibration conversations alone are read, by half the model.
 """
 
@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.encode import Encoder
-from agent.handoff_score import HandoffScore, HandoffScoreParams, Linear, check_layer
+from agent.handoff_score import HandoffScore, Linear
+from agent.probe_layer import HandoffScoreParams, check_layer
 from agent.student import StudentParams, load_base, load_tokenizer
 from schemas.errors import InputError
 from schemas.tables import PromptStates, Scores, Verified
 from schemas.yardsticks import HandoffScoreMetrics
 from stages._bag_of_words import bag_of_words_model, heard
-from stages._conversations import Item, encode_table
+from stages._encoded import Item, encode_table
 from stages._logistic import best_strength, figures, left_out_log_odds, logistic, mean_auc
 from stages._stage import load_params, read_table, run, say, write_metrics, write_table
 
@@ -110,10 +111,9 @@ def fit(states: np.ndarray, said: list[str], handoff: np.ndarray, companies: np.
     def probe_of(strength: float) -> Any:
         return make_pipeline(StandardScaler(), logistic(strength))
 
-    strength, _ = best_strength(probe_of, states, handoff, companies)
+    strength, of_probe = best_strength(probe_of, states, handoff, companies)
     probe, words = probe_of(strength), bag_of_words_model()
-    left_out = np.column_stack([left_out_log_odds(model, features, handoff, companies)
-                                for model, features in ((probe, states), (words, np.array(said, dtype=object)))])
+    left_out = np.column_stack([of_probe, left_out_log_odds(words, np.array(said, dtype=object), handoff, companies)])
     stack = logistic(1.0).fit(left_out, handoff)
     auc = mean_auc(stack.decision_function(left_out), handoff, companies)
 

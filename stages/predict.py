@@ -22,12 +22,12 @@ from pydantic import Field
 from tqdm import tqdm
 
 from agent.encode import Encoder
-from agent.handoff_score import HandoffScoreParams, check_layer
+from agent.probe_layer import HandoffScoreParams, check_layer
 from agent.student import StudentParams, load_base, load_student, load_tokenizer
 from schemas.action import action_json_schema
 from schemas.errors import InputError
 from schemas.tables import PromptStates, Replies, Verified
-from stages._conversations import Item, encode_table
+from stages._encoded import Item, encode_table
 from stages._stage import Params, load_params, read_table, run, say, write_table
 
 if TYPE_CHECKING:

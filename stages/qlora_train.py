@@ -43,7 +43,7 @@ from schemas.errors import InputError
 from schemas.metrics import QloraTrainMetrics
 from schemas.tables import Oversampled
 from stages._batches import IGNORE, Collator, Example, count_copies, make_batches
-from stages._conversations import encode_table
+from stages._encoded import encode_table
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from schemas.errors import InputError
 from schemas.operating import Rule
 from schemas.sweep import SweepMetrics
 from schemas.tables import Replies, Verified
-from stages._conversations import encode_table
+from stages._encoded import encode_table
 from stages._rates import rate
 from stages._show import markdown
 from stages._stage import PARAMS, load_params, read_table, run, say, write_metrics, write_table

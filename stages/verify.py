@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,10 @@ from schemas.errors import InputError
 from schemas.recorded import OriginRule, OriginVerifyMetrics, Recorded
 from schemas.tables import Rejected, Traces, Verified
 from schemas.traces import Message, RejectReason, Role
-from stages._chunks import ROWS, Parts, checked_chunks, chunks, on_all_cores, publish
-from stages._examine import Examined, Examiner, line, spoken, words
+from stages._chunks import ROWS, Parts, checked_chunks, chunks, digest, on_all_cores, publish
+from stages._examine import Examined, Examiner, spoken, words
 from stages._rules import Rejection
+from stages._sentences import sentences
 from stages._stage import (
     DataParams,
     Params,
@@ -98,14 +100,14 @@ def recorded_split(name: str, hands_off: bool, one_in: OneIn) -> str:
 class Gate:
     """Passes examined conversations one by one; remembers what it has kept, for the rules that look across conversations.
 
-    It holds digests: 90 bytes for every conversation kept and for every line of the held-out companies.
+    It holds digests: 90 bytes for every conversation kept and for every sentence of the held-out companies.
     """
 
     def __init__(self, companies: dict[str, Company], held_out: Iterable[str]) -> None:
         self._held_out = set(held_out)
-        self._held_out_lines = {
-            found for slug in self._held_out & companies.keys() for scenario in companies[slug].scenarios
-            for text in [turn.customer for turn in scenario.turns] + [step.message for step in scenario.steps] if (found := line(words(text)))}
+        self._held_out_sentences = {
+            digest(sentence) for slug in self._held_out & companies.keys() for scenario in companies[slug].scenarios
+            for text in [turn.customer for turn in scenario.turns] + [step.message for step in scenario.steps] for sentence in sentences(text)}
         self._kept: set[bytes] = set()
 
     def check(self, conversation: Examined, message: Callable[[int], Message]) -> Rejection | None:
@@ -113,8 +115,8 @@ class Gate:
         if conversation.rejection:
             return conversation.rejection
         if conversation.company not in self._held_out:
-            for index, found in enumerate(conversation.lines):
-                if found in self._held_out_lines:
+            for index, found in enumerate(conversation.sentences):
+                if not self._held_out_sentences.isdisjoint(found):
                     told = message(index)
                     said = words(spoken(told, parse_action(told.content) if told.role is Role.AGENT else None))
                     return Rejection(RejectReason.HELD_OUT_TEXT, f"stands in a held-out company: {said[:60]!r}", index)
@@ -122,7 +124,7 @@ class Gate:
             return Rejection(RejectReason.DUPLICATE, "the same conversation was kept before")
         self._kept.add(conversation.spoken)
         if conversation.company in self._held_out:
-            self._held_out_lines.update(filter(None, conversation.lines))
+            self._held_out_sentences.update(chain.from_iterable(conversation.sentences))
         return None
 
 

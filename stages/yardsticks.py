@@ -10,14 +10,17 @@ Both are fitted on the training split and nothing else. `bag_of_words` reads eve
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from schemas.errors import InputError
 from schemas.tables import Verified
 from schemas.yardsticks import Yardstick, YardstickScores, YardsticksMetrics
 from stages._bag_of_words import bag_of_words_model, heard
-from stages._logistic import best_strength, figures, left_out_auc, logistic
+from stages._logistic import best_strength, figures, left_out_log_odds, logistic, mean_auc
 from stages._stage import read_table, run, say, write_metrics, write_table
 
 if TYPE_CHECKING:
@@ -56,7 +59,7 @@ def embed(texts: list[str], folder: Path, batch: int = 32) -> Any:
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     vectors = np.zeros((len(texts), model.config.hidden_size))
     with torch.inference_mode():
-        for start in range(0, len(order), batch):
+        for start in tqdm(range(0, len(order), batch), desc="sentence embedding", unit="batch", file=sys.stderr):
             chosen = order[start:start + batch]
             tokens = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, max_length=PIECES, return_tensors="pt")
             mask = tokens["attention_mask"].unsqueeze(-1)
@@ -86,14 +89,14 @@ def main() -> None:
     texts = {name: part["said"].list.join("\n").to_numpy() for name, part in turns.items()}
     everything = embedded([said for part in turns.values() for said in part["said"].to_list()], folder)
     vectors = dict(zip(turns, np.split(everything, np.cumsum([len(part) for part in turns.values()])[:-1]), strict=True))
-    best, best_auc = best_strength(logistic, vectors["train"], handoff["train"], companies)
+    best, of_embedding = best_strength(logistic, vectors["train"], handoff["train"], companies)
     bag = bag_of_words_model()
-    fits = {
-        Yardstick.BAG_OF_WORDS: (bag, texts, bag[-1].C, left_out_auc(bag_of_words_model, texts["train"], handoff["train"], companies)),
-        Yardstick.EMBEDDING: (logistic(best), vectors, best, best_auc)}
+    of_bag = left_out_log_odds(bag, texts["train"], handoff["train"], companies)
+    fits = {Yardstick.BAG_OF_WORDS: (bag, texts, bag[-1].C, of_bag), Yardstick.EMBEDDING: (logistic(best), vectors, best, of_embedding)}
     frames: list[pl.DataFrame] = []
     metrics: dict[str, dict[str, Any]] = {}
-    for name, (model, features, strength, left_out) in fits.items():
+    for name, (model, features, strength, log_odds) in fits.items():
+        left_out = mean_auc(log_odds, handoff["train"], companies)
         model.fit(features["train"], handoff["train"])
         scores = {split: model.predict_proba(features[split])[:, 1] for split in ("calibration", "held_out")}
         frames += [turns[split].with_columns(pl.lit(split).alias("split"), pl.lit(name.value).alias("model"), pl.Series("p_escalate", score))

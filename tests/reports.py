@@ -53,7 +53,8 @@ def predictions_table(held_out):
 
 def judgements_table(predictions):
     scored = predictions.filter((pl.col("model") == "student") | (pl.col("decoding") == "schema"))
-    return scored.with_columns(verdict=pl.lit("acceptable"), answer=pl.lit("{}"))
+    verdicts = ["acceptable", "acceptable", "not_acceptable", "acceptable", "unscored"]
+    return scored.with_columns(verdict=pl.Series([verdicts[number % 5] for number in range(len(scored))]), answer=pl.lit("{}"))
 
 
 @cache

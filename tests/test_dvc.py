@@ -76,8 +76,9 @@ def test_every_stage_but_the_check_of_the_companies_reaches_the_report_and_the_r
     assert downstream({"report"}) == LAST
 
 
-def test_local_inference_never_makes_the_paid_stage_stale():
-    assert not {"agent/student.py", "agent/decode.py", "agent/encode.py"} & names(STAGES["teacher_gen"]["deps"])
+@pytest.mark.parametrize("stage", ["teacher_gen", "eval_judge"])
+def test_local_inference_never_makes_a_paid_stage_stale(stage):
+    assert not {"agent/student.py", "agent/decode.py", "agent/encode.py"} & names(STAGES[stage]["deps"])
 
 
 def test_the_committed_lock_is_of_this_code_these_companies_and_these_parameters():

@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 
-from agent.handoff_score import HandoffScore, check_layer
+from agent.handoff_score import HandoffScore
 from agent.layer_states import LayerStates
+from agent.probe_layer import check_layer
 from schemas.errors import InputError
 from schemas.tables import PromptStates, Scores, Verified
 from stages._bag_of_words import heard
-from stages._conversations import encode_table
+from stages._encoded import encode_table
 from stages._stage import read_table, write_table
 from stages.handoff_score import kept_states, prompt_states, states_of
 from tests.deciding import command
@@ -40,6 +41,7 @@ def put(folder, tables):
     keep(folder, [(*turn, state.astype("float32")) for turn, state in states.items()])
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["handoff_score"]["layer"] = LAYER
+    params["predict"]["max_new_tokens"] = 4
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
 
 
@@ -71,10 +73,18 @@ def done(tmp_path_factory):
     base()  # the weights are converted by now
     folder = tmp_path_factory.mktemp("score")
     put(folder, splits())
-    ended = subprocess.run([sys.executable, "-m", "stages.handoff_score"], cwd=folder, capture_output=True, text=True, check=False, env={
-        "HANDOFF_CACHE": str(ROOT / ".cache"), **os.environ, "PYTHONPATH": str(ROOT)})
-    assert ended.returncode == 0, ended.stderr
+    (folder / "data/predict/base_states.parquet").unlink()
+    for stage in ("predict base", "handoff_score"):
+        ended = subprocess.run([sys.executable, "-m", *f"stages.{stage}".split()], cwd=folder, capture_output=True, text=True, check=False, env={
+            "HANDOFF_CACHE": str(ROOT / ".cache"), **os.environ, "PYTHONPATH": str(ROOT)})
+        assert ended.returncode == 0, ended.stderr
     return folder
+
+
+def test_what_the_base_models_predictions_leave_is_what_a_reading_gives(done, tmp_path):
+    kept = kept_states(done / "data/predict/base_states.parquet")
+    read = prompt_states(encode_table(splits()["held_out"], encoder()), LayerStates(base(), LAYER, tmp_path), "test")
+    assert kept.keys() == read.keys() and all(kept[turn] == pytest.approx(read[turn], abs=1e-3) for turn in read)
 
 
 def test_it_scores_every_turn_that_it_was_not_fitted_on(done):

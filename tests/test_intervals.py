@@ -77,6 +77,15 @@ def test_over_500_pairs_without_a_difference_the_interval_covers_and_the_tests_r
     assert np.mean([pair.mcnemar_p <= 0.05 for pair in pairs]) > 0.05 + error
 
 
+def test_over_500_pairs_of_independent_turns_mcnemar_rejects_no_more_than_stated():
+    """One turn a conversation, which is what the test assumes; exact and discrete, it may reject less often."""
+    rng = np.random.default_rng(12)
+    pairs = [compare_pairs(*simulated(rng, conversations=124, length=1)) for _ in range(500)]
+    error = 3 * (0.05 * 0.95 / 500) ** 0.5
+    assert 0 < np.mean([pair.mcnemar_p <= 0.05 for pair in pairs]) <= 0.05 + error
+    assert abs(np.mean([pair.low <= 0 <= pair.high for pair in pairs]) - 0.95) <= error
+
+
 def test_a_true_difference_is_found():
     rng = np.random.default_rng(3)
     names, a, b = simulated(rng, conversations=200)

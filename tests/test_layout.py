@@ -88,6 +88,8 @@ def test_a_stage_runs_its_module_and_says_what_for(stage):
     assert (python, flag) == ("python", "-m") and (ROOT / f"{module.replace('.', '/')}.py").is_file()
     assert stage == "_".join([MODULES[stage], *arguments]), "a stage is called as its module, with the argument if there is one"
     assert STAGES[stage]["desc"].strip()
+    assert names(STAGES[stage].get("metrics")) <= {f"metrics/{MODULES[stage]}.json"}
+    assert {Path(path).parts[1] for path in outputs(stage) if path.startswith("data/")} <= {MODULES[stage]}
 
 
 def test_every_module_is_a_stage_or_shows_results():

@@ -252,6 +252,7 @@ def test_what_gate_and_comparison_refuse_stands_in_their_place(clone):
 def merged(tmp_path_factory):
     """A clone that stands where CI does: on a merge of the study's v2.1 into its v2."""
     if subprocess.run(["git", "cat-file", "-e", f"{OLD}^{{commit}}"], cwd=ROOT, capture_output=True, check=False).returncode:
+        assert "GITHUB_ACTIONS" not in os.environ
         pytest.skip("needs this repository's history")
     folder = tmp_path_factory.mktemp("merged") / "handoff"
     git(ROOT, "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(folder))
@@ -378,6 +379,11 @@ def test_the_job_that_may_write_runs_no_code_of_the_request():
     assert {name: job["permissions"] for name, job in JOBS.items()} == {"report": {"contents": "read"}, "comment": {"pull-requests": "write"}}
     assert [step.get("uses", "").split("@")[0] for step in JOBS["comment"]["steps"]] == ["actions/download-artifact", ""]
     assert "github.event.pull_request.head.repo.full_name == github.repository" in JOBS["comment"]["if"]
+
+
+def test_the_history_is_there_that_the_base_and_the_study_are_read_from():
+    checkout, *_ = JOBS["report"]["steps"]
+    assert checkout["uses"].startswith("actions/checkout@") and checkout["with"]["fetch-depth"] == 0
 
 
 def test_steps_take_values_from_the_environment_and_first_party_actions_by_hash():

@@ -24,7 +24,7 @@ from agent.student import attention, backbone, load_base, only_layers
 from schemas.errors import InputError
 from schemas.tables import Oversampled
 from stages._batches import Collator, Example, count_copies, make_batches
-from stages._conversations import encode_table
+from stages._encoded import encode_table
 from stages._stage import write_table
 from stages.qlora_train import (
     adapted,

@@ -20,7 +20,8 @@ from schemas.tables import Oversampled, Rejected, Traces, Verified
 from schemas.traces import Message, Role
 from stages import corpus, oversample, teacher_gen, verify
 from stages._chat_log import LoggedMessage, Unmapped, map_conversation
-from stages._conversations import conversations, encode_table
+from stages._conversations import conversations
+from stages._encoded import encode_table
 from stages._recorded import RecordedParams, read_logs
 from stages._stage import DataParams, read_table
 from stages.qlora_train import Example, make_batches

@@ -125,11 +125,14 @@ def test_every_prediction_and_verdict_comes_back_from_the_embedded_data(folder, 
     found = {(one["id"], index, reply["w"]): reply for one in data["conversations"] for index, message in enumerate(one["messages"])
              for reply in message.get("p", [])}
     assert len(found) == len(predictions)
+    verdicts = {(name, index, model): verdict for name, index, model, verdict in pl.read_parquet(
+        folder / "data/eval_judge/judgements.parquet").select("conversation_id", "index", "model", "verdict").iter_rows()}
+    assert set(verdicts.values()) == {"acceptable", "not_acceptable", "unscored"}
     for row in predictions.iter_rows(named=True):
         free_base = (row["model"], row["decoding"]) == ("base", "free")
         reply = found[row["conversation_id"], row["index"], "base_free" if free_base else row["model"]]
         assert (reply.get("a"), reply.get("f")) == (row["action"], row["fault"]) and reply.get("x", row["raw"]) == row["raw"]
-        assert reply.get("v") == (None if free_base else "acceptable")
+        assert reply.get("v") == (None if free_base else verdicts[row["conversation_id"], row["index"], row["model"]])
 
 
 def test_markup_in_a_conversation_is_text(html, page, data):

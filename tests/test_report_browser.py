@@ -91,6 +91,10 @@ def replies(conversation, model="student"):
             for message in conversation["messages"] for reply in message.get("p", []) if reply["w"] == model]
 
 
+def verdicts(conversation, model="student"):
+    return {reply.get("v") for message in conversation["messages"] for reply in message.get("p", []) if reply["w"] == model}
+
+
 @pytest.mark.parametrize("filters, keep", [
     ({}, lambda one: one["set"] == "held_out"),
     ({"company": "travel"}, lambda one: one["company"] == "travel"),
@@ -100,13 +104,15 @@ def replies(conversation, model="student"):
     ({"right": "missed", "company": "streaming"},
      lambda one: one["company"] == "streaming" and any(gold == "escalate" != action for gold, action in replies(one))),
     ({"right": "needless"}, lambda one: any(gold != "escalate" == action for gold, action in replies(one))),
-    ({"right": "refused"}, lambda one: False),
+    ({"right": "same", "gold": "search_kb"}, lambda one: ("search_kb", "search_kb") in replies(one)),
+    ({"right": "refused"}, lambda one: "not_acceptable" in verdicts(one)),
     ({"set": "rejected"}, lambda one: one["set"] == "rejected"),
     ({"set": "rejected", "reject": "handoff_missed"}, lambda one: one.get("reason") == "handoff_missed"),
     ({"set": "all"}, lambda one: True),
-], ids=range(11))
+], ids=range(12))
 def test_filters_find_the_conversations_that_have_such_a_turn(report, visit, filters, keep):
     wanted = [one["id"] for one in embedded(report) if keep(one) and (filters.get("set") or one["set"] == "held_out")]
+    assert wanted or filters == {"right": "needless"}, "there are none in these"
     page = visit(report, "#/conversations")
     choose(page, **filters)
     finds(page, len(wanted))
@@ -423,7 +429,8 @@ def test_a_turn_shows_gold_and_both_models_with_raw_text_where_it_is_no_step(rep
     turn = page.locator(f"#turn-{index}")
     assert [title.split("\n")[0] for title in turn.locator("h3").all_inner_texts()] == ["gold", "base model", "student"]
     assert "not_one_json_object" in turn.locator(".student").inner_text() and turn.locator(".student pre").inner_text().startswith('{"thought"')
-    assert "judge: acceptable" in turn.locator(".base").inner_text()
+    verdict = next(reply["v"] for reply in conversation["messages"][index]["p"] if reply["w"] == "base")
+    assert f"judge: {verdict.replace('_', ' ')}" in turn.locator(".base").inner_text()
     assert not turn.locator(".base details pre").is_visible()
     turn.locator(".base summary").click()
     assert turn.locator(".base details pre").inner_text() == "It is so."
@@ -448,6 +455,44 @@ def test_tool_results_are_folded_and_open_where_the_search_hits(report, visit):
     page.locator("[name=q]").fill(text[:30])
     expect(page.locator(".tool div").first).to_be_visible()
     expect(page.locator(".tool mark").first).to_have_text(text[:30].strip())
+
+
+def test_tool_calls_are_folded_and_open_where_the_search_hits(report, visit):
+    conversation, query = next((one, message["g"]["query"]) for one in embedded(report) for message in one["messages"]
+                               if message.get("a") == "search_kb")
+    page = visit(report, f"#/conversations?id={conversation['id']}")
+    call = page.locator(".gold details.call").first
+    assert call.locator("summary").inner_text() == "search_kb" and not call.locator(".args").is_visible()
+    call.locator("summary").click()
+    assert query in call.locator(".args").inner_text()
+    call.locator("summary").click()
+    page.locator("[name=q]").fill(query)
+    expect(page.locator(".gold details.call mark").first).to_be_visible()
+
+
+def test_what_the_base_model_wrote_free_opens_where_the_search_hits(report, visit):
+    one = next(one for one in embedded(report) if one["set"] == "held_out")
+    page = visit(report, f"#/conversations?id={one['id']}")
+    assert not page.locator(".base details pre").first.is_visible()
+    page.locator("[name=q]").fill("it is so.")
+    expect(page.locator(".base details mark").first).to_be_visible()
+
+
+def test_a_choice_made_while_words_are_typed_keeps_both(report, visit):
+    page = visit(report, "#/conversations")
+    page.evaluate("""() => { const form = document.getElementById("filters"), { q, company } = form.elements;
+                     for (const [control, value] of [[q, "router"], [company, "streaming"]]) {
+                       control.value = value; control.dispatchEvent(new Event("input", { bubbles: true })); } }""")
+    page.wait_for_function("location.hash.includes('q=router') && location.hash.includes('company=streaming')")
+    assert page.locator("[name=q]").input_value() == "router"
+
+
+def test_the_judges_filter_is_not_offered_for_a_revision_whose_verdicts_are_not_here(compared, visit):
+    page = visit(compared, "#/conversations")
+    option = page.locator("#filters [name=right] [value=refused]")
+    assert option.is_enabled()
+    choose(page, model="compared")
+    expect(option).to_be_disabled()
 
 
 def test_the_score_is_a_bar_with_the_threshold_marked(report, visit):

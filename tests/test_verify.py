@@ -1,6 +1,7 @@
 """Every rule rejects the conversation that breaks it and nothing else; what is kept goes where it belongs."""
 
 import json
+import re
 from collections import Counter
 
 import polars as pl
@@ -45,7 +46,8 @@ BROKEN = {
     R.TOOL_RESULT_MISSING: (TEA, at(2)),
     R.UNFINISHED: (TEA, at(9)),
     R.AFTER_ESCALATE: (STRANGER, lambda old: old + CHAT),
-    R.UNKNOWN_TICKET: (TEA, at(8, tool("error: no ticket CK-2001"))),
+    R.UNKNOWN_TICKET: (TEA, lambda old: [*old[:7], agent("update_ticket", ticket_id="CK-9999", note="dented tin"),
+                                         tool("error: no ticket CK-9999"), *old[9:]]),
     R.UNSUPPORTED_FACT: (TEA, reworded(9, lambda text: text.replace("on Tuesday", "in 17 hours"))),
     R.REPEATED_SEARCH: (TEA, at(3, agent("search_kb", query="TIN dented"), tool("no article matches"), agent("reply", "Which number?"))),
     R.TOO_LONG: (TEA, at(9, agent("reply", "tea " * (MAX_MESSAGE_WORDS + 1)))),
@@ -108,6 +110,16 @@ def test_one_change_breaks_one_rule(gate, teashop, reason):
     assert gate.verdict("teashop", name, None, messages).reason is reason
     if reason not in (R.NOT_ONE_JSON_OBJECT, R.UNKNOWN_ACTION, R.BAD_MESSAGE):
         assert all_reasons(messages, teashop, scenario) == ({reason} - {R.HELD_OUT_TEXT})
+
+
+@pytest.mark.parametrize("reason, index, change", [
+    (R.BAD_ARGS, 5, {"args": {"category": "delivery"}}), (R.BAD_ARGS, 5, {"args": {"category": "delivery", "summary": "a", "note": "b"}}),
+    (R.BAD_ARGS, 5, {"args": {"category": "delivery", "summary": ""}}), (R.BAD_ARGS, 9, {"args": {"query": "tin"}}),
+    (R.BAD_MESSAGE, 5, {"message": "One moment."}), (R.UNKNOWN_ACTION, 5, {"action": "refund"}), (R.NOT_ONE_JSON_OBJECT, 5, {"confidence": 1})])
+def test_a_step_that_is_none_is_rejected_by_its_fault(gate, teashop, reason, index, change):
+    messages = reworded(index, lambda text: json.dumps({**json.loads(text), **change}))(played(teashop, scenario_of(teashop, TEA)))
+    rejection = gate.verdict("teashop", TEA, None, messages)
+    assert (rejection.reason, rejection.index) == (reason, index)
 
 
 def test_a_second_copy_is_a_duplicate_whatever_the_agent_thought(gate, teashop):
@@ -173,7 +185,10 @@ def test_a_conversation_of_unknown_origin_skips_what_cannot_be_known(teashop, ga
 @pytest.mark.parametrize("messages, kept", [
     ([customer("hello"), agent("reply", FERRY)], False),
     ([customer(f" {TRAVEL_LINE.upper()}\n"), agent("reply", "No.")], False),
-    ([customer("Is the ferry included?"), agent("reply", "Yes.")], True)], ids=["what was held", "what was written", "four words are anybody's"])
+    ([customer("Good. " + TRAVEL_LINE.replace("?", "") + "! And then?"), agent("reply", "No.")], False),
+    ([customer("hello"), agent("reply", f"I have looked. {FERRY.replace(',', '')} Is there more?")], False),
+    ([customer("Is the ferry included?"), agent("reply", "Yes.")], True)],
+    ids=["what was held", "what was written", "among other sentences", "in a reply", "four words are anybody's"])
 def test_a_held_out_line_is_refused_to_training_and_kept_for_itself(gate, messages, kept):
     assert gate.verdict("travel", None, None, [customer("Is the ferry included?"), agent("reply", FERRY)]) is None
     rejection = gate.verdict("teashop", None, None, messages)
@@ -255,8 +270,14 @@ def test_nothing_of_a_held_out_company_is_trained_or_calibrated_on(slugs):
     parts = [split_tables(chunk, found, origins) for _, chunk, found in check_all(table.lazy(), companies, Gate(companies, held_out), held_out)]
     tables = {name: pl.concat([part[name] for part in parts]) for name in parts[0]}
     assert set(tables["held_out"]["company"]) == held_out
-    spoken = {name: {" ".join(text.lower().split()) for role, content in tables[name].select("role", "content").iter_rows() if role != "tool"
-                     for text in [parse_action(content).message if role == "agent" else content]} for name in ("train", "calibration", "held_out")}
+
+    def said(table):
+        """Sentences, whatever their marks; not by the stage's own code."""
+        rows = table.filter(pl.col("role") != "tool").select("role", "content").iter_rows()
+        texts = [parse_action(content).message if role == "agent" else content for role, content in rows]
+        return {" ".join(re.sub(r"[^\w\s]", "", sentence).split()) for text in texts for sentence in re.split(r"[.!?]\s", text.lower())}
+
+    spoken = {name: said(tables[name]) for name in ("train", "calibration", "held_out")}
     for name in ("train", "calibration"):
         assert set(tables[name]["company"]) == set(SLUGS) - held_out
         assert not {line for line in spoken[name] & spoken["held_out"] if len(line.split()) >= 5}

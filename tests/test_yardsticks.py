@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
 import pytest
 
 from schemas.yardsticks import YardstickScores
-from stages._logistic import left_out_auc, logistic
+from stages._logistic import STRENGTHS, best_strength, left_out_log_odds, logistic, mean_auc
 from stages._stage import read_table
 from stages.yardsticks import embed, heard, model_folder
 from tests.deciding import command
@@ -50,8 +51,22 @@ def test_a_company_is_scored_by_a_fit_that_has_not_seen_it():
     own = np.zeros((60, 3))
     for column, company in enumerate("abc"):
         own[(companies == company) & handoff, column] = 1
-    assert left_out_auc(lambda: logistic(1.0), own, handoff, companies) == 0.5
-    assert left_out_auc(lambda: logistic(1.0), handoff[:, None].astype(float), handoff, companies) == 1.0
+    for features, auc in ((own, 0.5), (handoff[:, None].astype(float), 1.0)):
+        assert mean_auc(left_out_log_odds(logistic(1.0), features, handoff, companies), handoff, companies) == auc
+
+
+def test_the_strength_is_the_best_one_up_to_the_first_that_is_no_better():
+    """Real fits: with one telling column among noise the weakest regularisation is not the best; the search need not go there."""
+    rng = np.random.default_rng(3)
+    companies, handoff = np.repeat(list("abcd"), 50), np.tile([True, False, False, False, False], 40)
+    features = np.column_stack([handoff + rng.normal(size=200), rng.normal(size=(200, 60))])
+    auc = {strength: mean_auc(left_out_log_odds(logistic(strength), features, handoff, companies), handoff, companies) for strength in STRENGTHS}
+    tried = []
+    best, log_odds = best_strength(lambda strength: tried.append(strength) or logistic(strength), features, handoff, companies)
+    rising = [b > a for a, b in pairwise(auc.values())]
+    expected = STRENGTHS[rising.index(False)]
+    assert best == expected < STRENGTHS[-1] and tried == [*STRENGTHS[:STRENGTHS.index(best) + 2]]
+    assert mean_auc(log_odds, handoff, companies) == auc[best]
 
 
 @pytest.fixture(scope="module")

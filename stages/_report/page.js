@@ -23,7 +23,7 @@
   }
   const plural = (number, word) => `${number.toLocaleString("en-GB")} ${word}${number === 1 ? "" : "s"}`;
   function marked(text) {
-    const wanted = state().q.trim().toLowerCase(), low = text.toLowerCase();
+    const wanted = wantedWords(state()), low = text.toLowerCase();
     // Lower-casing may change the length of a text (İ); then nothing is marked rather than the wrong letters.
     if (!wanted || low.length !== text.length) return [text];
     const parts = [];
@@ -69,16 +69,20 @@
     const action = mine.a || "invalid";
     return (!f.gold || message.a === f.gold) && (!f.action || action === f.action) && (!f.right || RIGHT[f.right][1](message.a, action, mine.v));
   }
+  const words = (m) => [m.c, m.t, m.h, m.m, m.x, ...Object.values(m.g || {})].filter(Boolean).join("\n").toLowerCase();
+  const wantedWords = (f) => f.q.trim().toLowerCase();
   function haystack(one) {
     // Made at the first search, kept: 2,000 conversations are searched in a few milliseconds.
-    if (!one.words) {
-      const steps = one.messages.flatMap((m) => [m, ...(m.p || [])]);
-      one.words = [one.id, ...steps.flatMap((m) => [m.c, m.t, m.h, m.m, m.x, ...Object.values(m.g || {})])].filter(Boolean).join("\n").toLowerCase();
-    }
+    one.words ||= [one.id.toLowerCase(), ...one.messages.flatMap((m) => [m, ...(m.p || [])]).map(words)].join("\n");
     return one.words;
   }
+  // What is folded opens where the search found its words.
+  function folded(className, title, one, ...inside) {
+    const wanted = wantedWords(state());
+    return h("details", { class: className, open: wanted !== "" && words(one).includes(wanted) }, h("summary", null, title), inside);
+  }
   function select(f) {
-    const wanted = f.q.trim().toLowerCase();
+    const wanted = wantedWords(f);
     return data.conversations.filter((one) =>
       (!f.set || f.set === "all" || one.set === f.set) && (!f.company || one.company === f.company) &&
       (!f.reject || f.set === "held_out" || one.reason === f.reject) &&
@@ -109,6 +113,7 @@
     for (const name of Object.keys(DEFAULTS)) if (form.elements[name].value !== f[name]) form.elements[name].value = f[name];
     for (const name of ["gold", "model", "action", "right"]) form.elements[name].disabled = f.set === "rejected";
     form.elements.reject.disabled = f.set === "held_out";
+    form.elements.right.querySelector('[value="refused"]').disabled = f.model === "compared";  // another revision's verdicts are not in this file
     if (key === filtered) return false;
     filtered = key;
     shown = select(f);
@@ -168,15 +173,18 @@
     const values = Object.entries(one.g || {});
     return values.length ? h("span", { class: "args" }, values.map(([name, value]) => [h("br"), `${name}: `, marked(String(value))])) : null;
   }
+  const TOOLS = new Set(["search_kb", "create_ticket", "update_ticket"]);
   function body(one) {
     if (one.x != null) return [h("div", { class: "action" }, "no valid step"), h("div", { class: "of" }, one.f), h("pre", { tabindex: 0, "aria-label": "raw text" }, marked(one.x))];
-    return [h("div", { class: "action" }, one.a, args(one)), one.h && h("p", { class: "thought" }, marked(one.h)), one.m && h("p", null, marked(one.m))];
+    const action = TOOLS.has(one.a) ? folded("action call", one.a, { g: one.g }, args(one)) : h("div", { class: "action" }, one.a, args(one));
+    return [action, one.h && h("p", { class: "thought" }, marked(one.h)), one.m && h("p", null, marked(one.m))];
   }
   function score(one) {
     if (one.e == null) return null;
     const limit = one.w === "student" ? data.threshold : null;
     const done = limit == null ? null : one.e >= limit ? "handed off" : one.o || (one.a === "escalate" ? "no valid step" : null);
-    const told = `P(escalate) ${one.e.toFixed(2)}` + (limit == null ? "" : `, threshold ${limit.toFixed(2)}`);
+    const digits = limit != null && one.e.toFixed(2) === limit.toFixed(2) ? 4 : 2;
+    const told = `P(escalate) ${one.e.toFixed(digits)}` + (limit == null ? "" : `, threshold ${limit.toFixed(digits)}`);
     return h("div", { class: "score" },
       h("svg", { viewBox: "0 0 100 12", preserveAspectRatio: "none", role: "img", "aria-label": told },
         h("rect", { class: "track", x: 0, y: 2, width: 100, height: 8 }), h("rect", { class: "value", x: 0, y: 2, width: 100 * one.e, height: 8 }),
@@ -191,7 +199,7 @@
   }
   function agent(one, index, number, conversation, f) {
     const free = reply(one, "base_free");
-    const aside = free && h("details", null, h("summary", null, `free-running: ${free.a || "no valid step"}`), body(free));
+    const aside = free && folded(null, `free-running: ${free.a || "no valid step"}`, free, body(free));
     const at = conversation.id;
     const classes = "turn" + (ofTurn(f) && hits(one, f) ? " hit" : "") + (conversation.at === index ? " fault" : "");
     return h("section", { class: classes, id: `turn-${index}`, "aria-label": `agent turn ${number}` },
@@ -212,8 +220,7 @@
     let number = 0;
     const messages = one.messages.map((message, index) => {
       if (message.c != null) return h("div", { class: "says", id: `turn-${index}` }, h("span", { class: "role" }, "customer"), marked(message.c));
-      if (message.t != null) return h("details", { class: "tool", id: `turn-${index}`, open: Boolean(f.q) && message.t.toLowerCase().includes(f.q.trim().toLowerCase()) },
-        h("summary", null, "tool result"), h("div", null, marked(message.t)));
+      if (message.t != null) return h("div", { id: `turn-${index}` }, folded("tool", "tool result", message, h("div", null, marked(message.t))));
       return agent(message, index, ++number, one, f);
     });
     article.replaceChildren(
@@ -269,8 +276,9 @@
   let waiting = 0;
   form.addEventListener("input", (event) => {
     clearTimeout(waiting);
-    const control = event.target;
-    waiting = setTimeout(() => replace({ [control.name]: control.value }), control.name === "q" ? 120 : 0);
+    // All of them: a choice made while words are being typed is no reason to forget the words.
+    const values = () => Object.fromEntries(Object.keys(DEFAULTS).map((name) => [name, form.elements[name].value]));
+    waiting = setTimeout(() => replace(values()), event.target.name === "q" ? 120 : 0);
   });
   form.addEventListener("reset", (event) => {
     event.preventDefault();
@@ -278,7 +286,7 @@
   });
   form.addEventListener("submit", (event) => event.preventDefault());
   list.addEventListener("keydown", (event) => {
-    const at = Number(event.target.dataset.at);
+    const at = Number((event.target.closest("a") ?? list.querySelector('[tabindex="0"]'))?.dataset.at ?? 0);
     const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: shown.length - 1, PageDown: at + 10, PageUp: at - 10 }[event.key];
     if (to === undefined || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
@@ -292,6 +300,11 @@
     else if (event.key === "/") form.elements.q.focus();
     else return;
     event.preventDefault();
+  });
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    if (viewer.hidden) return;
+    event.preventDefault();
+    (current ? article : list.querySelector('[tabindex="0"]'))?.focus();
   });
   history.scrollRestoration = "manual";
   // A scroll that the browser reports once another entry is current is not the last one's.

@@ -33,7 +33,7 @@ REJECTIONS = {
     "handoff_late": "handed off after the deciding fact was known",
     "handoff_wrong_reason": "handed off for another reason",
     "duplicate": "the same conversation was kept before",
-    "held_out_text": "a line of it stands in a held-out company",
+    "held_out_text": "a sentence of it stands in a held-out company",
     "infrastructure": "the endpoint gave up",
 }
 """Every RejectReason, in words."""
