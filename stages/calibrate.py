@@ -28,7 +28,7 @@ from stages._intervals import WANTED, clopper_pearson_upper, cluster_auc, cluste
 from stages._logistic import ranking
 from stages._paired import compare_pairs
 from stages._policy import SCORE, hands_off, minutes, parse_predictions, scored_rows, tuned
-from stages._rates import clustered_rate, outcomes, rate
+from stages._rates import clustered_rate, outcomes
 from stages._stage import Params, load_params, read_table, run, say, write_metrics
 from stages._threshold import Cut, choose, conformal, degenerate, in_words, miss_bound, platt, recalibrated
 
@@ -129,13 +129,15 @@ def areas(rows: pl.DataFrame) -> dict[str, Any]:
             "recall_at_5_percent": of["recall_at_5_percent"]}
 
 
-def reliability(scores: Any, handoff: Any) -> list[dict[str, Any]]:
-    """Turns by their score, in bins of equal number: the mean score `predicted`, the share of hand-offs `observed`, its k, n and interval."""
+def reliability(rows: pl.DataFrame, scores: Any) -> list[dict[str, Any]]:
+    """Turns by their score, in bins of equal number: the mean score `predicted`, the share of hand-offs `observed`, its k, n and intervals."""
     import numpy as np
+    import polars as pl
 
-    bins = [chosen for chosen in np.array_split(np.argsort(scores, kind="stable"), BINS) if len(chosen)]
-    return [{"predicted": float(scores[chosen].mean()), "observed": float(handoff[chosen].mean()), **rate(int(handoff[chosen].sum()), len(chosen))}
-            for chosen in bins]
+    turns = rows.select("conversation_id", hit=pl.col("gold_action") == "escalate")
+    parts = np.array_split(np.argsort(scores, kind="stable"), BINS)
+    bins = [(scores[chosen].mean(), clustered_rate(turns[chosen])) for chosen in parts if len(chosen)]
+    return [{"predicted": float(mean), "observed": of["k"] / of["n"], **of} for mean, of in bins]
 
 
 def probabilities(rows: pl.DataFrame, point: Point, with_bins: bool) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def probabilities(rows: pl.DataFrame, point: Point, with_bins: bool) -> dict[str
     versions = {"raw": raw, "recalibrated": recalibrated(raw, point.slope, point.intercept)}
     return {"brier": {**{name: float(((scores - handoff) ** 2).mean()) for name, scores in versions.items()},
                       "constant": float(handoff.mean() * (1 - handoff.mean()))},
-            **({"reliability": {name: reliability(scores, handoff) for name, scores in versions.items()}} if with_bins else {})}
+            **({"reliability": {name: reliability(rows, scores) for name, scores in versions.items()}} if with_bins else {})}
 
 
 def measured(rows: pl.DataFrame, point: Point, params: CalibrateParams, with_plain: bool, with_bins: bool) -> dict[str, Any]:

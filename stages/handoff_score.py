@@ -12,8 +12,9 @@ It is asked before a word is written, as P(IK) is in Kadavath et al. 2022: what 
 `escalate` behind it rank the turns worse, and cost a thought (metrics/LOG.md). So whatever is then written, valid or not, and however
 many tokens an action's name has, does not enter it. No adapter lies below the layer (`qlora_train.first_layer`), so base
 and student share the score, and training the student anew leaves it as it is. Whoever runs the student has it for a
-millisecond a turn, halfway through reading the prompt that is read anyway. So it is here: the base model's predictions leave what it takes of the held-out
-turns, and training what it takes of its own (agent/layer_states.py); calibration conversations alone are read, by half the model.
+millisecond a turn, halfway through reading the prompt that is read anyway. So it is here: the base model's predictions leave what
+it takes of the held-out turns, and training what it takes of its own (agent/layer_states.py); calibration conversations alone are
+read, by half the model.
 """
 
 from __future__ import annotations

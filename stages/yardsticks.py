@@ -95,6 +95,7 @@ def main() -> None:
     fits = {Yardstick.BAG_OF_WORDS: (bag, texts, bag[-1].C, of_bag), Yardstick.EMBEDDING: (logistic(best), vectors, best, of_embedding)}
     frames: list[pl.DataFrame] = []
     metrics: dict[str, dict[str, Any]] = {}
+    told: list[str] = []
     for name, (model, features, strength, log_odds) in fits.items():
         left_out = mean_auc(log_odds, handoff["train"], companies)
         model.fit(features["train"], handoff["train"])
@@ -103,9 +104,10 @@ def main() -> None:
                    for split, score in scores.items()]
         metrics[name.value] = figures(strength, left_out, scores, handoff, turns["held_out"]["company"].to_numpy())
         aucs = ", ".join(f"{slug} {of['auc']:.2f}" if of else f"{slug} –" for slug, of in metrics[name.value]["held_out"].items())
-        say(f"yardsticks {name}: AUC on left-out training companies {left_out:.2f}, held out: {aucs}")
+        told.append(f"{name.value} AUC on left-out training companies {left_out:.2f}, held out: {aucs}")
     write_table(SCORES, pl.concat(frames).sort("split", "company", "conversation_id", "index", "model"), YardstickScores)
     write_metrics(METRICS, metrics, YardsticksMetrics)
+    say(f"yardsticks: {'; '.join(told)}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,9 @@ def test_readmes_first_screen_says_what_calibrate_measured(readme):
     for model, policy in (("student", "plain"), ("student", "at_threshold"), ("bag_of_words", "at_threshold"), ("embedding", "at_threshold")):
         found, needless = (of[model][policy][rate] for rate in ("escalate_recall", "over_escalation"))
         assert f"{found['k']} of {found['n']} at {needless['k']} of {needless['n']}" in text, (model, policy)
+    plain, bag = of["student"]["plain"], of["bag_of_words"]["at_threshold"]
+    worse = bag["escalate_recall"]["k"] >= plain["escalate_recall"]["k"] and bag["over_escalation"]["k"] <= plain["over_escalation"]["k"]
+    assert worse == ("A bag of words does better on both." in text)
     for model, name in (("student", "this score"), ("bag_of_words", "bag of words"), ("embedding", "embedding")):
         assert f"{name} {of[model]['auc']['value']:.2f}" in text
     for yardstick, said in (("bag_of_words", "points above the bag of words (95 %: "), ("embedding", "above the embedding (")):

@@ -115,13 +115,27 @@ def test_without_flaws_the_conversations_are_the_reference(tmp_path):
     ("broken_json", set(Kind), "not_one_json_object"), ("unknown_action", set(Kind), "unknown_action"),
     ("invented_fact", {Kind.NEAR_MISS, Kind.ORDINARY}, "unsupported_fact"), ("needless_handoff", {Kind.NEAR_MISS, Kind.ORDINARY}, "handoff_needless"),
     ("missed_handoff", {Kind.HANDOFF}, "handoff_missed"), ("wrong_reason", {Kind.HANDOFF}, "handoff_wrong_reason")])
-def test_each_flaw_is_what_its_rate_says(tmp_path, flaw, kinds, reason):
+def test_each_flaw_breaks_the_rule_that_it_is_named_for(tmp_path, flaw, kinds, reason):
     for company, scenario, attempts in hold(tmp_path, {**FLAWLESS, flaw: 1.0}, attempts=2)[1]:
         verdicts = [examine(messages, company, scenario) for messages in attempts]
         if scenario.kind in kinds:
             assert [rejection.reason for rejection in verdicts] == [RejectReason(reason)] * 2
         elif flaw in ("missed_handoff", "wrong_reason"):
             assert verdicts == [None], "a hand-off's flaw leaves the others alone"
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_steps_are_broken_at_the_stated_rate(tmp_path, rate):
+    """Each step of an attempt is drawn apart, and a broken one is its last; within three standard errors."""
+    steps = [message.content for _, _, attempts in hold(tmp_path, {**FLAWLESS, "broken_json": rate}, attempts=20)[1] for messages in attempts
+             for message in messages if message.role is Role.AGENT]
+    broken = 0
+    for text in steps:
+        try:
+            parse_action(text)
+        except ActionError:
+            broken += 1
+    assert abs(broken / len(steps) - rate) <= 3 * (rate * (1 - rate) / len(steps)) ** 0.5 and len(steps) > 100
 
 
 def run_stage(folder, teacher, customer=None):
