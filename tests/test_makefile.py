@@ -18,10 +18,10 @@ def make(tmp_path):
     (tmp_path / ".venv/bin").mkdir(parents=True)
     for name in ("python", "pip", "dvc"):
         program = tmp_path / ".venv/bin" / name
-        program.write_text('#!/bin/sh\ntest "$1 $2" != "exp remove"\n')
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> called\ntest "$1 $2" != "exp remove"\n')
         program.chmod(0o755)
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    return lambda target: subprocess.run(["make", target], cwd=tmp_path, env=plain, capture_output=True, text=True, check=False)
+    return lambda *arguments: subprocess.run(["make", *arguments], cwd=tmp_path, env=plain, capture_output=True, text=True, check=False)
 
 
 def test_the_first_quick_run_has_no_experiment_to_remove_and_no_error(make):
@@ -33,3 +33,11 @@ def test_every_installation_is_told_before_it_begins(make):
     lines = make("lint").stdout.splitlines()
     installed = [at for at, line in enumerate(lines) if line.startswith("pip install")]
     assert installed and all(lines[at - 1].startswith("installing ") and "minute" in lines[at - 1] for at in installed)
+
+
+@pytest.mark.parametrize("given, asked", [
+    ("pr-comment", "stages.pr_comment main"), ("pr-comment BASE=v2", "stages.pr_comment v2"),
+    ("gate", "stages.gate"), ("gate BASE=v2", "stages.gate --base v2")])
+def test_what_is_compared_is_what_base_names(make, tmp_path, given, asked):
+    assert make(*given.split()).returncode == 0
+    assert (tmp_path / "called").read_text().splitlines()[-1] == f"python -m {asked}"

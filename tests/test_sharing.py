@@ -228,6 +228,19 @@ def test_a_wrong_key_is_told_and_changes_nothing(shared, dvc, tmp_path, key, val
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("option, value, told", [
+    ("url", "s3://nobody/handoff", "The specified bucket does not exist"),
+    ("endpointurl", "http://127.0.0.1:9", "Could not connect to the endpoint URL")])
+def test_a_wrong_address_is_told_in_the_words_that_readme_has(shared, dvc, tmp_path, option, value, told):
+    assert f"`{told}`" in documented("Share data and models")
+    git(tmp_path, "clone", "--quiet", str(shared.origin), "second")
+    dvc(tmp_path / "second", "remote", "modify", "--local", "storage", option, value)
+    for command in ("pull", "push"):
+        done = dvc(tmp_path / "second", command, check=False, AWS_MAX_ATTEMPTS="1")
+        assert done.returncode != 0 and told in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.long
 def test_a_broken_upload_is_completed_by_pushing_again(dvc, server, binaries, tmp_path):
     """The server is killed once the first file has arrived; a clone never sees half a folder, and the second push brings the rest."""
     first, second = tmp_path / "first", tmp_path / "second"
