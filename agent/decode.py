@@ -3,16 +3,17 @@
 The conversation's keys and values up to a turn are exactly what the agent is prompted with there. So all turns of a
 conversation are decoded side by side, as branches of one tree: a step feeds the model one token of every branch that
 still runs, whatever conversation it belongs to, and the attention mask lets a branch see its conversation up to its turn and
-its own tokens. What conversations begin with, a company's system prompt, is kept once, and all their branches attend to it in one
-product (Juravsky et al. 2024, "Hydragen"). When all branches of a conversation have ended, the next conversation takes its place
-(continuous batching; Yu et al. 2022, "Orca").
+its own tokens. A turn that is decoded in several ways is one branch until they pick different tokens. What conversations begin
+with, a company's system prompt, is kept once, and all their branches attend to it in one product (Juravsky et al. 2024, "Hydragen").
+When all branches of a conversation have ended, the next conversation takes its place (continuous batching; Yu et al. 2022, "Orca").
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -85,12 +86,17 @@ class SchemaChoice(Choice):
         return False
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Branch:
-    """One turn that is decoded in one way. `start`: how many tokens its prompt has."""
+    """What is decoded for one turn, in one way or in several that have picked the same tokens so far."""
 
+    turn: int
     start: int
-    choice: Choice
+    """How many tokens its prompt has."""
+    choices: dict[int, Choice]
+    """By way."""
+    names: tuple[int, ...]
+    """Whose tokens it sees: those of the branches that it parted from, and its own, which come last."""
     tokens: list[int] = field(default_factory=list)
     other: str | None = None
 
@@ -142,26 +148,35 @@ class _Tree:
         number: which conversation.
         prefix: what it begins with.
         read: the cache that it was read into, prefix and all.
-        branches: for every way, one branch a turn.
+        branches: one a turn.
         room: how many tokens the branches may have together.
     """
 
-    def __init__(self, number: int, prefix: _Prefix, read: Any, branches: list[list[_Branch]], room: int) -> None:
-        self.number, self.prefix, self.branches = number, prefix, branches
+    def __init__(self, number: int, prefix: _Prefix, read: Any, branches: list[_Branch], room: int) -> None:
+        self.number, self.prefix, self.going = number, prefix, branches
+        self.replies: dict[tuple[int, int], Reply] = {}
+        """By way and turn, as they end."""
+        self._names = itertools.count(len(branches))
         self._read = self._filled = read.get_seq_length() - prefix.tokens
         self._layers = [_keys_and_values(layer, slice(prefix.tokens, None), room) for layer in read.layers]
         # Which branch each token behind what was read belongs to.
         self._owner = torch.empty(room, dtype=torch.long)
         self._mask = torch.empty(0)
-        self.going: list[_Branch] = []
+
+    def parted(self, branch: _Branch) -> _Branch:
+        """A branch that sees what `branch` does, and goes its own way from here."""
+        return replace(branch, names=(*branch.names, next(self._names)), tokens=list(branch.tokens))
 
     def begin_step(self, heads: int) -> None:
         """Make room for one more token of every branch that goes on; `heads` queries share a head of keys."""
         start, self._filled = self._filled, self._filled + len(self.going)
-        names = torch.tensor([id(branch) for branch in self.going])
-        self._owner[start - self._read:self._filled - self._read] = names
+        most = max(len(branch.names) for branch in self.going)
+        # Filled up with a name that stands there already.
+        names = torch.tensor([branch.names[:1] * (most - len(branch.names)) + branch.names for branch in self.going])
+        self._owner[start - self._read:self._filled - self._read] = names[:, -1]
         before = torch.arange(self._read) < torch.tensor([branch.start - self.prefix.tokens for branch in self.going])[:, None]
-        seen = torch.cat([before, self._owner[:self._filled - self._read] == names[:, None]], dim=1)
+        own = (self._owner[:self._filled - self._read, None] == names[:, None]).any(dim=-1)
+        seen = torch.cat([before, own], dim=1)
         mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).repeat_interleave(heads, dim=0)
         self._mask = mask.to(self._layers[0][1])
 
@@ -279,19 +294,19 @@ class TurnDecoder:
             while waiting and sum(len(tree.going) for tree in trees) < self.at_once:
                 number = waiting.pop()
                 states, cache = self._read(number, conversations[number])
-                branches = [[_Branch(start, way()) for start, _ in conversations[number].spans] for way in ways]
-                tree = _Tree(number, self._prefix(conversations[number], cache), cache, branches, sum(map(len, branches)) * self.max_new_tokens)
-                logits = self.model.get_output_embeddings()(states).float().cpu()
-                tree.going = [branch for of_way in branches for branch, here in zip(of_way, logits, strict=True) if self._goes_on(branch, here)]
+                branches = [_Branch(turn, start, {at: way() for at, way in enumerate(ways)}, (turn,))
+                            for turn, (start, _) in enumerate(conversations[number].spans)]
+                room = len(branches) * len(ways) * self.max_new_tokens
+                tree = _Tree(number, self._prefix(conversations[number], cache), cache, branches, room)
+                self._grow(tree, iter(self.model.get_output_embeddings()(states).float().cpu()))
                 trees = sorted([*trees, tree], key=lambda tree: tree.prefix.number)
             for tree in [tree for tree in trees if not tree.going]:
                 trees.remove(tree)
-                yield tree.number, [[Reply(self.tokenizer.decode(branch.tokens, clean_up_tokenization_spaces=False), branch.other)
-                                     for branch in of_way] for of_way in tree.branches]
+                yield tree.number, [[tree.replies[way, turn] for turn in range(len(conversations[tree.number].spans))] for way in range(len(ways))]
             if trees:
                 following = iter(self._step(trees))
                 for tree in trees:
-                    tree.going = [branch for branch in tree.going if self._goes_on(branch, next(following))]
+                    self._grow(tree, following)
 
     def _read(self, number: int, encoded: Encoded) -> tuple[torch.Tensor, Any]:
         """Read a conversation, as `Prefill` does."""
@@ -309,15 +324,27 @@ class TurnDecoder:
             self._prefixes[ids] = _Prefix(len(self._prefixes), len(ids), [_keys_and_values(layer, slice(len(ids)), 0) for layer in read.layers])
         return self._prefixes[ids]
 
-    def _goes_on(self, branch: _Branch, logits: torch.Tensor) -> bool:
-        """Give a branch its next token; whether it needs another one."""
+    def _grow(self, tree: _Tree, logits: Iterator[torch.Tensor]) -> None:
+        """Give every branch of a tree its next token; it parts where its ways do, and ends where they end."""
+        tree.going = [grown for branch in tree.going for grown in self._grown(tree, branch, next(logits))]
+
+    def _grown(self, tree: _Tree, branch: _Branch, logits: torch.Tensor) -> Iterator[_Branch]:
+        """What goes on from a branch."""
         if branch.other is None and self.tokenizer.decode(branch.tokens[-len(ACTION_OPENING):]).endswith(ACTION_OPENING):
-            branch.other = max(self._others, key=lambda name: float(logits[self._others[name]]))
-        token = branch.choice.next_token(logits)
-        if token in self._ends:
-            return False
-        branch.tokens.append(token)
-        return len(branch.tokens) < self.max_new_tokens and not branch.choice.hopeless(branch.tokens)
+            branch = replace(branch, other=max(self._others, key=lambda name: float(logits[self._others[name]])))
+        picked: dict[int, dict[int, Choice]] = {}
+        for way, choice in branch.choices.items():
+            picked.setdefault(choice.next_token(logits), {})[way] = choice
+        for token, choices in picked.items():
+            grown = replace(branch if len(picked) == 1 else tree.parted(branch), choices=choices)
+            if token not in self._ends:
+                grown.tokens.append(token)
+            ended = token in self._ends or len(grown.tokens) == self.max_new_tokens
+            for way in [way for way, choice in choices.items() if ended or choice.hopeless(grown.tokens)]:
+                del choices[way]
+                tree.replies[way, branch.turn] = Reply(self.tokenizer.decode(grown.tokens, clean_up_tokenization_spaces=False), branch.other)
+            if choices:
+                yield grown
 
     def _step(self, trees: list[_Tree]) -> torch.Tensor:
         """Feed the last token of every branch that goes on: the logits of what comes next, (N, V), where the tokens are chosen: on the CPU."""

@@ -19,6 +19,18 @@ class Patient(Choice):
         return False
 
 
+class Parting(Patient):
+    """Greedy, but for some tokens: token number -> which of the most likely ones it picks there, from 0."""
+
+    def __init__(self, ranks):
+        super().__init__(tokenizer())
+        self._ranks, self._number = ranks, -1
+
+    def next_token(self, logits):
+        self._number += 1
+        return int(logits.topk(3).indices[self._ranks.get(self._number, 0)])
+
+
 def encoded():
     return [encoder().conversation(SYSTEM, messages) for messages in ALL.values()]
 
@@ -67,6 +79,29 @@ def test_what_runs_beside_a_turn_changes_nothing(decoded):
     greedily, patiently = decode(greedy, patient, at_once=3)
     assert [reply.text for reply in patiently] == decoded
     assert greedily == decode(greedy)[0]
+
+
+def test_ways_that_part_say_what_each_says_alone(decoded):
+    """One parts at once, two at the same token, and those two from each other later."""
+    ways = [patient, *(lambda ranks=ranks: Parting(ranks) for ranks in ({0: 1}, {5: 1}, {5: 1, 9: 2}))]
+    alone = [decode(way)[0] for way in ways]
+    assert decode(*ways) == alone == decode(*ways, at_once=2)
+    assert len({tuple(reply.text for reply in replies) for replies in alone}) == len(ways), "they do part"
+    assert [reply.text for reply in alone[0]] == decoded
+
+
+def test_ways_that_agree_are_computed_once(monkeypatch):
+    fed = []
+    step = TurnDecoder._step
+    monkeypatch.setattr(TurnDecoder, "_step", lambda self, trees: fed.append(sum(len(tree.going) for tree in trees)) or step(self, trees))
+    one = decode(patient)
+    rows = sum(fed)
+    fed.clear()
+    assert decode(patient, patient) == [one[0], one[0]]
+    assert sum(fed) == rows
+    fed.clear()
+    decode(patient, lambda: Parting({NEW - 4: 1}))
+    assert rows < sum(fed) <= rows + 4 * len(turns()), "and apart from where they part"
 
 
 def test_a_decoder_can_be_used_again_and_leaves_the_model_as_it_was(decoded):
