@@ -112,7 +112,8 @@ def _answers(url: str) -> bool:
 
 
 def _complete(url: str, prompt: str, max_new_tokens: int) -> str:
-    body = json.dumps({"prompt": prompt, "max_tokens": max_new_tokens, "temperature": 0.0}).encode()
+    # Left out, the server's penalty on repeated tokens is 1.1, and what it says is not greedy.
+    body = json.dumps({"prompt": prompt, "max_tokens": max_new_tokens, "temperature": 0.0, "repeat_penalty": 1.0}).encode()
     request = urllib.request.Request(f"{url}/completions", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=600) as response:
         return json.load(response)["choices"][0]["text"]
