@@ -107,22 +107,26 @@ def unsupported(message: str, sources: list[str]) -> str | None:
     """The first number, date or title in `message` that no source has; None if all are covered."""
     longest_first = sorted(sources, key=len, reverse=True)  # prompts and articles: they come back, and what they state is remembered
     for fact in _facts(message):
-        if not _is_figure_of_speech(fact) and not any(_stated(source).covers(fact) for source in longest_first):
+        if not _is_figure_of_speech(fact) and not _is_stated(fact, longest_first):
             return f"the {fact.kind if fact.kind in ('date', 'time of day') else 'number'} {fact.text}"
     quotations, articles = list(_QUOTED.finditer(message)), list(_NAMED.finditer(message))
     if not quotations and not articles:
         return None
-    everything = _plain(" ".join(sources))
+    everything = " ".join(filter(None, map(_spaced, sources)))
     for match in quotations:
         title = _plain(match[match.lastindex or 0])
         if title and not _stands_in(title, everything):
             return f"the quotation '{title}'"
-    titles = [_plain(line.partition(": ")[0]) for source in sources for line in source.splitlines() if ": " in line]
     for match in articles:
         title = _plain(match[1])
-        if not _stands_in(title, everything) and not any(title.startswith(f"{name} ") for name in titles if name):
+        if not _stands_in(title, everything) and not any(title.startswith(f"{name} ") for source in sources for name in _titles(source)):
             return f"the article '{title}'"
     return None
+
+
+def _is_stated(fact: Fact, sources: list[str]) -> bool:
+    """Whether a source covers it; those that have its digits are read first, since the others will hardly be needed."""
+    return any(_stated(source).covers(fact) for source in sorted(sources, key=lambda source: not any(number in source for number in fact.digits)))
 
 
 def _is_figure_of_speech(fact: Fact) -> bool:
@@ -143,7 +147,8 @@ def _stated(source: str) -> Stated:
 
 def _facts(text: str, articles: bool = False) -> Iterator[Fact]:
     """Every number in `text`, written in digits or out; with `articles` also the 1 of "a month" and "per month"."""
-    text = text.translate(_LETTERS)
+    if not text.isascii():
+        text = text.translate(_LETTERS)
     in_digits = _digits(text)
     if "second" in text:
         text = _SECOND.sub(" seconds", text)  # which would be taken for the 2nd
@@ -217,7 +222,18 @@ def _month(name: str) -> int:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().replace("’", "'").split()).strip(" .,!?")
+    return _spaced(text).strip(" .,!?")
+
+
+@lru_cache(maxsize=4096)
+def _spaced(text: str) -> str:
+    return " ".join(text.lower().replace("’", "'").split())
+
+
+@lru_cache(maxsize=4096)
+def _titles(source: str) -> list[str]:
+    """What stands before a colon in its lines, as the passages of a search begin."""
+    return [title for line in source.splitlines() if ": " in line and (title := _plain(line.partition(": ")[0]))]
 
 
 def _stands_in(title: str, text: str) -> bool:

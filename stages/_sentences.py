@@ -7,7 +7,8 @@ import string
 
 WORDS = 5
 """A sentence of at least this many words is somebody's; shorter ones are anybody's."""
-_END = re.compile(r"(?<=[.!?…])[\"”’)]*\s+|\n+")
+_END = re.compile(r"[.!?…][\"”’)]*\s+|\n+")
+"""With marks that `plain` takes away."""
 _MARKS = str.maketrans("", "", string.punctuation + "…–—‘’“”")
 
 
@@ -18,5 +19,5 @@ def plain(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text and the text itself, as `plain` has them, as far as they are long enough to be somebody's; each once."""
-    found = dict.fromkeys(map(plain, [*_END.split(text), text]))
-    return [sentence for sentence in found if sentence.count(" ") >= WORDS - 1]
+    found = list(filter(None, map(plain, _END.split(text))))
+    return [sentence for sentence in dict.fromkeys([*found, " ".join(found)]) if sentence.count(" ") >= WORDS - 1]
