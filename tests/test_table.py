@@ -1,12 +1,14 @@
 """The result table is the metrics files' and README's."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench._measure import RESULTS
 from stages._show import markdown, plain
 from stages.table import EXACT, JUDGE, rows, shared_score
 from tests.helpers import HELD_OUT, documented
@@ -41,6 +43,15 @@ def test_every_rate_shows_its_count():
 
 def test_the_table_in_readme_is_the_one_of_the_metrics(readme):
     assert markdown(current()) in readme
+
+
+def test_the_benchmarks_in_readme_are_those_of_the_metrics(readme):
+    """Every figure on top of the file, as precisely as it is shown."""
+    measured = json.loads((ROOT / RESULTS).read_text(encoding="utf-8"))
+    shown = dict(re.findall(r"^\|[^|]*\| `(\w+)` \| ([\d.]+) \|", documented("Benchmarks"), re.MULTILINE))
+    assert shown.keys() == measured.keys() - {"machine", "details"}
+    for name, figure in shown.items():
+        assert figure == f"{measured[name]:.{len(figure.partition('.')[2])}f}", name
 
 
 def test_readmes_first_screen_says_what_calibrate_measured(readme):
