@@ -268,7 +268,7 @@ def small_student(space):
 def test_training_and_evaluation_are_measured_against_others(small_student):
     done = bench("train", "--batches", "2", "--rounds", "2")
     assert done.returncode == 0, done.stderr
-    done = bench("eval", "--rounds", "2", "--conversations", "2", "--generate-turns", "3")
+    done = bench("eval", "--rounds", "2", "--conversations", "6", "--generate-turns", "3")
     assert done.returncode == 0, done.stderr
     results = written()
     train, evaluation = results.details.train, results.details.eval
