@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -50,7 +50,7 @@ class Choice:
         """The next token, from logits of shape (V)."""
         return int(logits.argmax())
 
-    def hopeless(self, tokens: list[int]) -> bool:
+    def hopeless(self, tokens: Sequence[int]) -> bool:
         """Whether no continuation can make the text a valid step: it is prose. Stopping there changes no verdict."""
         if len(tokens) % 8:
             return False
@@ -81,7 +81,7 @@ class SchemaChoice(Choice):
         self._matcher.consume_token(token)
         return token
 
-    def hopeless(self, tokens: list[int]) -> bool:
+    def hopeless(self, tokens: Sequence[int]) -> bool:
         """Never: every token was allowed."""
         return False
 
@@ -97,7 +97,7 @@ class _Branch:
     """By way."""
     names: tuple[int, ...]
     """Whose tokens it sees: those of the branches that it parted from, and its own, which come last."""
-    tokens: list[int] = field(default_factory=list)
+    tokens: tuple[int, ...] = ()
     other: str | None = None
 
 
@@ -165,7 +165,7 @@ class _Tree:
 
     def parted(self, branch: _Branch) -> _Branch:
         """A branch that sees what `branch` does, and goes its own way from here."""
-        return replace(branch, names=(*branch.names, next(self._names)), tokens=list(branch.tokens))
+        return replace(branch, names=(*branch.names, next(self._names)))
 
     def begin_step(self, heads: int) -> None:
         """Make room for one more token of every branch that goes on; `heads` queries share a head of keys."""
@@ -336,15 +336,13 @@ class TurnDecoder:
         for way, choice in branch.choices.items():
             picked.setdefault(choice.next_token(logits), {})[way] = choice
         for token, choices in picked.items():
-            grown = replace(branch if len(picked) == 1 else tree.parted(branch), choices=choices)
-            if token not in self._ends:
-                grown.tokens.append(token)
-            ended = token in self._ends or len(grown.tokens) == self.max_new_tokens
-            for way in [way for way, choice in choices.items() if ended or choice.hopeless(grown.tokens)]:
-                del choices[way]
-                tree.replies[way, branch.turn] = Reply(self.tokenizer.decode(grown.tokens, clean_up_tokenization_spaces=False), branch.other)
-            if choices:
-                yield grown
+            tokens = branch.tokens if token in self._ends else (*branch.tokens, token)
+            ended = token in self._ends or len(tokens) == self.max_new_tokens
+            going = {way: choice for way, choice in choices.items() if not (ended or choice.hopeless(tokens))}
+            for way in choices.keys() - going.keys():
+                tree.replies[way, branch.turn] = Reply(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), branch.other)
+            if going:
+                yield replace(branch if len(picked) == 1 else tree.parted(branch), choices=going, tokens=tokens)
 
     def _step(self, trees: list[_Tree]) -> torch.Tensor:
         """Feed the last token of every branch that goes on: the logits of what comes next, (N, V), where the tokens are chosen: on the CPU."""

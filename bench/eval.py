@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def measure(options: argparse.Namespace) -> EvalPart:
     from stages.predict import PredictParams
 
     class ToTheEnd(Choice):
-        def hopeless(self, tokens: list[int]) -> bool:
+        def hopeless(self, tokens: Sequence[int]) -> bool:
             return False  # the others do not stop at prose either
 
     params, student = load_params("predict", PredictParams), load_params("student", StudentParams)
