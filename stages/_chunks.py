@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ROWS = 2**15
 """Messages in a chunk, a conversation more or less: 10 to 20 MB. Smaller tables are one chunk."""
+WORTH_A_PROCESS = 3
+"""Chunks from which on other processes are begun: that takes about as long as a chunk."""
 ROW_GROUP = 2**16
 """Messages in a row group of a table that is written from parts; also what a later reader has to hold at once."""
 _Item = TypeVar("_Item")
@@ -78,25 +80,30 @@ def chunks(table: pl.LazyFrame, rows: int = ROWS) -> Iterator[pl.DataFrame]:
     yield begun
 
 
-def on_all_cores(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[tuple[_Item, _Result]]:
-    """Every item with what `work` makes of it, in order; a process for each core, or none where there is one item or one core.
+def _itself(item: Any) -> Any:
+    return item
+
+
+def on_all_cores(work: Callable[[Any], _Result], items: Iterable[_Item], sent: Callable[[_Item], Any] = _itself) -> Iterator[tuple[_Item, _Result]]:
+    """Every item with what `work` makes of it, in order; a process for each core, or none for fewer than `WORTH_A_PROCESS` items or one core.
 
     At most two items a core are on the way, whatever comes of them.
 
     Args:
         work: a function that pickle can send, with what it is bound to; sent once.
         items: taken one by one.
+        sent: what of an item `work` gets; it has to be pickled, and the item does not.
     """
     items, cores = iter(items), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    first = list(islice(items, 2))
-    if len(first) < 2 or cores < 2:
-        yield from ((item, work(item)) for item in chain(first, items))
+    first = list(islice(items, WORTH_A_PROCESS))
+    if len(first) < WORTH_A_PROCESS or cores < 2:
+        yield from ((item, work(sent(item))) for item in chain(first, items))
         return
     on_the_way: deque[tuple[_Item, Future[_Result]]] = deque()
     # Spawned, since a fork of a process in which polars has threads may hang.
     with ProcessPoolExecutor(cores, get_context("spawn"), _begin, (work,)) as pool:
         for item in chain(first, items):
-            on_the_way.append((item, pool.submit(_do, item)))
+            on_the_way.append((item, pool.submit(_do, sent(item))))
             if len(on_the_way) == 2 * cores:
                 done, result = on_the_way.popleft()
                 yield done, result.result()
@@ -123,31 +130,42 @@ def _do(item: Any) -> Any:
 
 
 class Parts:
-    """A table that grows by parts, which lie on disk; one file in the end.
+    """A table that grows by parts, which lie on disk, except for the last `ROWS` at most; one file in the end.
 
     Args:
         folder: where they lie; it is made here, and nobody else writes there.
-        schema: of the table; every part is checked by it. Columns that it does not know stay behind.
+        schema: of the table, which is checked by it. Columns that it does not know stay behind.
         beside: columns that are kept although it does not know them.
     """
 
     def __init__(self, folder: Path, schema: type[pa.DataFrameModel], *beside: str) -> None:
         self._folder, self._schema, self._beside = folder, schema, beside
-        self._count = 0
+        self._files, self._rows = 0, 0
+        self._waiting: list[pl.DataFrame] = []
         folder.mkdir()
 
     def add(self, part: pl.DataFrame) -> None:
         """Whole conversations, to stand below those before."""
-        if self._count and part.is_empty():
-            return
-        checked = self._schema.validate(part.select(list(self._schema.to_schema().columns)))
-        checked.with_columns(part.select(self._beside)).write_parquet(self._folder / f"{self._count:06}.parquet", compression="lz4")
-        self._count += 1
+        self._waiting.append(part.select(*self._schema.to_schema().columns, *self._beside))
+        self._rows += len(part)
+        # A check takes a while, however short the part.
+        if self._rows >= ROWS:
+            self._write()
+
+    def _write(self) -> None:
+        import polars as pl
+
+        part = pl.concat(self._waiting)
+        self._schema.validate(part.drop(self._beside))
+        part.write_parquet(self._folder / f"{self._files:06}.parquet", compression="lz4")
+        self._files, self._rows, self._waiting = self._files + 1, 0, []
 
     def scan(self) -> pl.LazyFrame:
         """What is there so far, and be it no rows of a table."""
         import polars as pl
 
+        if self._waiting:
+            self._write()
         return pl.scan_parquet(self._folder / "*.parquet")
 
 

@@ -30,6 +30,7 @@ _COUNTABLE = ("duration", "months", "working days", "time of day")
 """What a source may leave unsaid: asked for the hours, a customer answers "seven". Nobody in the corpus answers so for money, percent or a date."""
 
 _NUMBER = r"\d+(?:[.,]\d+)*"
+_NUMBERS = re.compile(_NUMBER)
 _GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+,\d+")
 _DECIMAL_COMMA = re.compile(r"\d+,\d{1,2}")
 _MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
@@ -56,6 +57,8 @@ _BEGINNING = re.compile(rf"[\d£€$]|\b(?:{'|'.join(_NAMES)})", re.IGNORECASE)
 _MONTH_NAME = re.compile(_MONTH, re.IGNORECASE)
 _SECOND = re.compile(r"(?<=\d)[\s-]second\b")
 _QUOTED = re.compile(r"“([^”\n]*)”|„([^“”\n]*)[“”]|\"([^\"\n]*)\"|«([^»\n]*)»|‘((?:[^’\n]|’(?=\w))*)’|(?<![^\s(])'((?:[^'\n]|'(?=\w))*)'(?!\w)")
+_MARK = re.compile("[“„\"«‘']")
+"""What a quotation begins with. Most messages have none, and are not searched for one at every letter."""
 _NAMED = re.compile(r"\barticle:?\s+(?:called\s+|titled\s+|named\s+)?(?=[A-Z])([^.,;:!?\n“”\"]*)")
 _FRACTIONS = [
     (re.compile(rf"\bhalf an?\s+(?=(?:{_UNIT_WORDS})\b(?!-))", re.IGNORECASE), "0.5 "), (re.compile(r"\b(\d+) and a half\b", re.IGNORECASE), r"\1.5"),
@@ -109,7 +112,8 @@ def unsupported(message: str, sources: list[str]) -> str | None:
     for fact in _facts(message):
         if not _is_figure_of_speech(fact) and not _is_stated(fact, longest_first):
             return f"the {fact.kind if fact.kind in ('date', 'time of day') else 'number'} {fact.text}"
-    quotations, articles = list(_QUOTED.finditer(message)), list(_NAMED.finditer(message))
+    quotations = list(_QUOTED.finditer(message)) if _MARK.search(message) else []
+    articles = list(_NAMED.finditer(message)) if "article" in message else []
     if not quotations and not articles:
         return None
     everything = " ".join(filter(None, map(_spaced, sources)))
@@ -126,7 +130,14 @@ def unsupported(message: str, sources: list[str]) -> str | None:
 
 def _is_stated(fact: Fact, sources: list[str]) -> bool:
     """Whether a source covers it; those that have its digits are read first, since the others will hardly be needed."""
-    return any(_stated(source).covers(fact) for source in sorted(sources, key=lambda source: not any(number in source for number in fact.digits)))
+    others = []
+    for source in sources:
+        if any(map(source.__contains__, fact.digits)):
+            if _stated(source).covers(fact):
+                return True
+        else:
+            others.append(source)
+    return any(_stated(source).covers(fact) for source in others)
 
 
 def _is_figure_of_speech(fact: Fact) -> bool:
@@ -136,8 +147,11 @@ def _is_figure_of_speech(fact: Fact) -> bool:
 @lru_cache(maxsize=4096)
 def _stated(source: str) -> Stated:
     """The facts of a source. "A month" is 1 month there, and "the 21st" is a day of every month that the same source names."""
-    source = source.translate(_LETTERS)
-    source = _WORD.sub(lambda word: _WORDS[word[0].lower()], source)
+    if not source.isascii():
+        source = source.translate(_LETTERS)
+    lower = source.lower()
+    if any(map(lower.__contains__, _WORDS)):
+        source = _WORD.sub(lambda word: _WORDS[word[0].lower()], source)
     found = list(_facts(source, articles=True))
     if any(fact.kind == "ordinal" for fact in found):
         months = {_month(match[0]) for match in _MONTH_NAME.finditer(source)}
@@ -167,7 +181,7 @@ def _facts(text: str, articles: bool = False) -> Iterator[Fact]:
 def _found(text: str) -> Iterator[re.Match[str]]:
     """What `_FACT.finditer` finds, in a third of the time: it looks only where a fact can begin, at digits, signs and names."""
     lower, end = text.lower(), 0
-    for start in (_BEGINNING if any(name in lower for name in _NAMES) else _DIGIT_OR_SIGN).finditer(text):
+    for start in (_BEGINNING if any(map(lower.__contains__, _NAMES)) else _DIGIT_OR_SIGN).finditer(text):
         if start.start() >= end and (match := _FACT.match(text, start.start())):
             yield match
             end = match.end()
@@ -241,7 +255,7 @@ def _stands_in(title: str, text: str) -> bool:
 
 
 def _digits(text: str) -> frozenset[str]:
-    return frozenset(_normal(number) for number in re.findall(_NUMBER, text))
+    return frozenset(map(_normal, _NUMBERS.findall(text)))
 
 
 def _normal(number: str) -> str:

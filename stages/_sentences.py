@@ -19,5 +19,6 @@ def plain(text: str) -> str:
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text and the text itself, as `plain` has them, as far as they are long enough to be somebody's; each once."""
-    found = list(filter(None, map(plain, _END.split(text))))
+    # As `plain`, of all sentences at once: no line break is left in any.
+    found = [" ".join(words) for line in "\n".join(_END.split(text)).lower().translate(_MARKS).split("\n") if (words := line.split())]
     return [sentence for sentence in dict.fromkeys([*found, " ".join(found)]) if sentence.count(" ") >= WORDS - 1]

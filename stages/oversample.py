@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from schemas.metrics import OversampleMetrics
-from schemas.tables import Oversampled, Verified
 from stages._chunks import Parts, checked_chunks, on_all_cores, publish
 from stages._stage import (
     Params,
@@ -73,6 +72,9 @@ def repeat(table: pl.LazyFrame, order: pl.DataFrame, folder: Path, at_once: int 
 
 def main() -> None:
     import polars as pl
+
+    # Not above, since a process of `on_all_cores` imports this module and would take twice as long to begin.
+    from schemas.tables import Oversampled, Verified
 
     params = load_params("oversample", OversampleParams)
     said = (chunk.select("conversation_id", "role", "content") for chunk in checked_chunks(TRAIN, Verified))

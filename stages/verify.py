@@ -26,11 +26,9 @@ from agent.protocol import recorded_prompt, system_prompt
 from schemas.action import parse_action
 from schemas.company import Company, Kind
 from schemas.errors import InputError
-from schemas.recorded import OriginRule, OriginVerifyMetrics, Recorded
-from schemas.tables import Rejected, Traces, Verified
 from schemas.traces import Message, RejectReason, Role
 from stages._chunks import ROWS, Parts, checked_chunks, chunks, digest, on_all_cores, publish
-from stages._examine import Examined, Examiner, spoken, words
+from stages._examine import EXAMINED, Examined, Examiner, spoken, words
 from stages._rules import Rejection
 from stages._sentences import sentences
 from stages._stage import (
@@ -139,10 +137,10 @@ def check_all(traces: pl.LazyFrame, companies: dict[str, Company], gate: Gate, h
     """
     import polars as pl
 
-    for of_held_out in (True, False):
-        theirs = traces.filter(pl.col("company").is_in(sorted(held_out)) == of_held_out)
-        for chunk, examined in on_all_cores(Examiner(companies).chunk, chunks(theirs, rows)):
-            yield of_held_out, chunk, [(one, gate.check(one, partial(_message, chunk, one.first))) for one in examined]
+    is_held_out = pl.col("company").is_in(sorted(held_out))
+    items = ((of_held_out, chunk) for of_held_out in (True, False) for chunk in chunks(traces.filter(is_held_out == of_held_out), rows))
+    for (of_held_out, chunk), examined in on_all_cores(Examiner(companies).chunk, items, lambda item: item[1].select(EXAMINED)):
+        yield of_held_out, chunk, [(one, gate.check(one, partial(_message, chunk, one.first))) for one in examined]
 
 
 def _message(chunk: pl.DataFrame, first: int, index: int) -> Message:
@@ -187,7 +185,7 @@ def split_tables(chunk: pl.DataFrame, verdicts: list[Verdict], origins: Origins)
     """The kept conversations as `train`, `calibration` and `held_out`, the agent's steps in canonical JSON, and the `rejected` ones."""
     import polars as pl
 
-    canonical = {one.first + index: text for one, _ in verdicts for index, text in one.canonical.items()}
+    canonical = {one.first + index: text for one, _ in verdicts for index, text in one.canonical}
     said = pl.DataFrame({"row": canonical.keys(), "canonical": canonical.values()}, schema={"row": pl.UInt32, "canonical": pl.String})
     kept = pl.DataFrame(
         [(one.name, origins.part(one), origins.kind(one), origins.prompt(one)) for one, rejection in verdicts if rejection is None], orient="row",
@@ -207,7 +205,7 @@ class Tally:
     def __init__(self) -> None:
         self.conversations = 0
         self.reasons: Counter[str] = Counter()
-        self._not_applicable = dict.fromkeys((rule.value for rule in OriginRule), 0)
+        self._without_company = self._without_scenario = 0
         self._played: set[tuple[str, str]] = set()
         self._kept: set[tuple[str, str]] = set()
         self._sums = {part: Counter[str]() for part in PARTS}
@@ -218,10 +216,9 @@ class Tally:
         for one, rejection in verdicts:
             self.conversations += 1
             if one.company not in companies:
-                self._not_applicable[OriginRule.TICKET_CATEGORY.value] += 1
-                self._not_applicable[OriginRule.FACTS.value] += 1
+                self._without_company += 1
             if one.scenario is None:
-                self._not_applicable[OriginRule.OUTCOME.value] += 1
+                self._without_scenario += 1
             else:
                 self._played.add((one.company, one.scenario))
             if rejection:
@@ -234,11 +231,15 @@ class Tally:
 
     def metrics(self, teacher: str) -> dict[str, Any]:
         """As `metrics/verify.json` has them."""
+        from schemas.recorded import OriginRule
+
         rejected = self.reasons.total()
         return {
             "teacher": teacher, "in": self.conversations, "kept": self.conversations - rejected, "rejected": rejected,
             "reasons": {reason.value: self.reasons[reason.value] for reason in RejectReason},
-            "scenarios_without_a_kept_conversation": len(self._played - self._kept), "not_applicable": self._not_applicable,
+            "scenarios_without_a_kept_conversation": len(self._played - self._kept), "not_applicable": {
+                OriginRule.TICKET_CATEGORY.value: self._without_company, OriginRule.FACTS.value: self._without_company,
+                OriginRule.OUTCOME.value: self._without_scenario},
             **{part: with_share(sums["conversations"], sums["turns"], sums["handoffs"]) for part, sums in self._sums.items()}}
 
     def kept_companies(self) -> set[str]:
@@ -256,6 +257,8 @@ def system_messages(recorded: set[str]) -> dict[str, str | None]:
     Raises:
         InputError: one of them is not on record.
     """
+    from schemas.recorded import Recorded
+
     told = {name: system and sys.intern(system) for name, system in read_table(RECORDED, Recorded).select("conversation_id", "system").iter_rows()}
     if missing := sorted(recorded - told.keys()):
         raise InputError(f"{RECORDED} does not know the conversation {missing[0]} of {TRACES}", "dvc repro --force teacher_gen")
@@ -264,6 +267,10 @@ def system_messages(recorded: set[str]) -> dict[str, str | None]:
 
 def main() -> None:
     import polars as pl
+
+    # Not above, since a process of `on_all_cores` imports this module and would take twice as long to begin.
+    from schemas.recorded import OriginVerifyMetrics
+    from schemas.tables import Rejected, Traces, Verified
 
     params = load_params("verify", VerifyParams)
     data = load_params("data", DataParams)

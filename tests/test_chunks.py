@@ -75,7 +75,7 @@ def both(number):
     return os.getpid(), number * number
 
 
-@pytest.mark.parametrize("cores, count, processes", [(1, 9, 0), (2, 1, 0), (2, 0, 0), (2, 9, 2)])
+@pytest.mark.parametrize("cores, count, processes", [(1, 9, 0), (2, 2, 0), (2, 0, 0), (2, 3, 2), (2, 9, 2)])
 def test_work_comes_back_in_order_from_every_core(monkeypatch, cores, count, processes):
     monkeypatch.setattr(_chunks.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     taken = []
