@@ -10,19 +10,23 @@ import asyncio
 import json
 import sys
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import bm25s  # noqa: F401  (as the stage does, before it asks anything)
 import psutil
 
 from agent.endpoint import EndpointParams, open_endpoints
+from agent.loop import Transcript
 from agent.protocol import agent_chat
 from agent.spend import Spend
 from bench._copies import many_scenarios
 from schemas.action import action_json_schema
+from schemas.company import Company, Scenario
 from schemas.traces import Message, Role
 from stages._stage import load_params
-from stages.teacher_gen import TeacherGenParams, hold_all
+from stages.teacher_gen import Held, TeacherGenParams, hold_all
 
 
 def params(url: str, slots: int) -> EndpointParams:
@@ -74,14 +78,24 @@ async def generate(url: str, slots: int, count: int) -> dict[str, Any]:
     looking = asyncio.create_task(look())
     spend = Spend(None, "bench")
     started = time.monotonic()
-    held = await hold_all(companies, section, None, spend)
-    seconds = time.monotonic() - started
-    looking.cancel()
-    if failed := {transcript.failure for _, _, transcripts in held for transcript in transcripts} - {None}:
-        raise RuntimeError(f"the server refuses what the stage asks: {failed}")
-    longest = max(sum(transcript.calls.values()) for _, _, transcripts in held for transcript in transcripts)
-    return {"conversations": len(held), "calls": spend.sent, "longest": longest, "slots": slots, "seconds": seconds,
-            "calls_per_s": spend.sent / seconds, "start_mb": start_mb, "half_mb": seen[len(seen) // 2], "peak_mb": max(seen)}
+    with TemporaryDirectory() as folder:
+        held = Held(Path(folder) / "held", endpoint)
+        calls: list[int] = []
+
+        def done(place: int, company: Company, scenario: Scenario, transcripts: list[Transcript]) -> None:
+            if failed := {transcript.failure for transcript in transcripts} - {None}:
+                raise RuntimeError(f"the server refuses what the stage asks: {failed}")
+            calls.extend(sum(transcript.calls.values()) for transcript in transcripts)
+            held.add(place, company, scenario, transcripts)
+
+        await hold_all(companies, section, None, spend, done)
+        seconds = time.monotonic() - started
+        looking.cancel()
+        table = held.table()
+        table_mb = resident_mb()
+        assert table["conversation_id"].n_unique() == len(calls)
+    return {"conversations": len(calls), "calls": spend.sent, "longest": max(calls), "slots": slots, "seconds": seconds,
+            "calls_per_s": spend.sent / seconds, "start_mb": start_mb, "half_mb": seen[len(seen) // 2], "peak_mb": max(seen), "table_mb": table_mb}
 
 
 def main() -> None:

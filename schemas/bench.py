@@ -96,7 +96,8 @@ class Generation(_Bench):
     calls_per_s: Rate
     start_mb: Megabytes = Field(description="resident before the first call")
     half_mb: Megabytes = Field(description="resident at half of the time")
-    peak_mb: Megabytes
+    peak_mb: Megabytes = Field(description="resident until the last conversation has ended")
+    table_mb: Megabytes = Field(description="resident when the whole table has been read back, to be written")
 
 
 class Held(_Bench):

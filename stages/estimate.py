@@ -211,12 +211,13 @@ def show(stage: str, spend: Spend, budget_usd: float | None, forecasts: list[For
 async def teacher_gen(companies: dict[str, Company], data: DataParams, params: TeacherGenParams, store: list[Completion]) -> None:
     """Show what `teacher_gen` will cost."""
     spend = Spend(None, "teacher_gen")
-    held = await hold_all(companies, params, None, spend, offline=True)
+    held: dict[int, tuple[Company, Scenario, list[Transcript]]] = {}
+    await hold_all(companies, params, None, spend, lambda place, *conversation: held.update({place: conversation}), offline=True)
     bases = {slug: KnowledgeBase(company.articles) for slug, company in companies.items()}
     roles = {Role.AGENT: Forecast("teacher", params.teacher, store, params.attempts),
              Role.CUSTOMER: Forecast("customer", params.customer, store, params.attempts)}
     measured_on = []
-    for company, scenario, transcripts in held:
+    for _, (company, scenario, transcripts) in sorted(held.items()):
         written = reference_messages(company, scenario, bases[company.slug])
         for role, call in calls_left(company, scenario, written, transcripts):
             roles[role].calls.append(call)

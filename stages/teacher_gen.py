@@ -4,7 +4,8 @@ Reads   data/companies/, the logs and the mapping of `teacher_gen.recorded`
 Writes  data/teacher_gen/traces.parquet, data/teacher_gen/recorded.parquet, metrics/teacher_gen.json
 
 A conversation that breaks a rule is held again, with another sample, up to `attempts` times; every attempt is kept in
-the table, so that verify sees and counts what the teacher really produced. Every answer of a real endpoint is kept in
+the table, so that verify sees and counts what the teacher really produced. Conversations that have ended lie on disk until all have,
+and the table is written: what memory holds does not grow with them. Every answer of a real endpoint is kept in
 .cache/responses: a run that was stopped, or ended at `budget_usd`, goes on from there. With `source: recorded` nobody is
 asked: the traces are the logs', and recorded.parquet holds what became of every line; else it has no rows. With `samples`
 the teacher is asked again at some turns of the held-out companies, to see how far it agrees with itself.
@@ -15,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from tqdm import tqdm
@@ -32,9 +34,12 @@ from schemas.company import Company, Scenario
 from schemas.recorded import Recorded, RecordedGenMetrics, Source
 from schemas.self_agreement import GenerationMetrics
 from schemas.tables import Traces
+from schemas.traces import Message
+from stages._chunks import Parts
 from stages._recorded import Logs, RecordedParams, read_logs
 from stages._rules import examine
 from stages._self_agreement import (
+    Turn,
     ask_again,
     draw_turns,
     in_words,
@@ -53,9 +58,14 @@ from stages._stage import (
     write_table,
 )
 
+if TYPE_CHECKING:
+    import polars as pl
+
 TRACES = Path("data/teacher_gen/traces.parquet")
 RECORDED = Path("data/teacher_gen/recorded.parquet")
 METRICS = Path("metrics/teacher_gen.json")
+ROWS_AT_ONCE = 2**12
+"""Messages of conversations that have ended, until they are put away as a table: 4 MB."""
 
 
 class TeacherGenParams(Params):
@@ -70,72 +80,116 @@ class TeacherGenParams(Params):
     customer: EndpointParams
 
 
-Held = list[tuple[Company, Scenario, list[Transcript]]]
-"""Every scenario with the attempts at it, in the order of the corpus."""
+Done = Callable[[int, Company, Scenario, list[Transcript]], None]
+"""Takes the attempts at a scenario, with its place in the corpus, as they have ended."""
+
+
+class Held:
+    """What has been held: its rows, which lie on disk, and what else is asked of it in the end.
+
+    Args:
+        folder: where rows lie; it is made here.
+        teacher: whose conversations they are.
+        again: companies whose conversations the teacher is asked about again; they are kept in memory.
+    """
+
+    def __init__(self, folder: Path, teacher: EndpointParams, again: Collection[str] = ()) -> None:
+        self._teacher, self._again = teacher, again
+        self._parts = Parts(folder, Traces, "place")
+        self._rows: list[dict[str, Any]] = []
+        self._kept: dict[int, tuple[Company, Scenario, list[Message]]] = {}
+        self.paid_usd, self.cut_short = 0.0, 0
+
+    def add(self, place: int, company: Company, scenario: Scenario, transcripts: list[Transcript]) -> None:
+        """As `Done`."""
+        self.paid_usd += sum(cost.cost_usd or 0.0 for transcript in transcripts for cost in transcript.costs)
+        self.cut_short += sum(transcript.cut_short for transcript in transcripts)
+        self._rows += ({"place": place, **row} for attempt, transcript in enumerate(transcripts)
+                       for row in _rows(company, scenario, attempt, self._teacher, transcript))
+        if len(self._rows) >= ROWS_AT_ONCE:
+            self._put_away()
+        if company.slug in self._again and (messages := kept(company, scenario, transcripts)):
+            self._kept[place] = company, scenario, messages
+
+    def _put_away(self) -> None:
+        import polars as pl
+
+        self._parts.add(pl.DataFrame(self._rows, schema_overrides={"failure": pl.String, "scenario": pl.String, "cost_usd": pl.Float64}))
+        self._rows.clear()
+
+    def turns(self) -> list[Turn]:
+        """Those to ask at again."""
+        return draw_turns(self._kept[place] for place in sorted(self._kept))
+
+    def table(self) -> pl.DataFrame:
+        """All rows, in the order of the corpus."""
+        if self._rows:
+            self._put_away()
+        return self._parts.scan().sort("place", "attempt", "index").drop("place").collect()
 
 
 async def hold_conversations(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None,
-                             held_out: Collection[str] = ()) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """All conversations, at once as far as the endpoints allow: rows in the order of the corpus, and the teacher's agreement with itself.
+                             held_out: Collection[str] = ()) -> tuple[pl.DataFrame, dict[str, Any] | None]:
+    """All conversations, at once as far as the endpoints allow: a table in the order of the corpus, and the teacher's agreement with itself.
 
     Raises:
         InputError: the budget is used up, or an endpoint is down, refuses the key or does not know the model. What was
             answered is in the cache.
     """
     spend = Spend(params.budget_usd, "teacher_gen")
-    if params.budget_usd is not None:  # it covers what was paid before
-        await hold_and_ask(companies, params, None, spend, held_out, offline=True)
-    held, agreement = await hold_and_ask(companies, params, simulator_url, spend, held_out)
-    if spend.reason:
-        raise spend.reason
-    print(f"teacher_gen: {spend.summary()}", file=sys.stderr)
-    if cut := sum(transcript.cut_short for _, _, transcripts in held for transcript in transcripts):
-        print(f"teacher_gen: {cut} answers were cut at max_tokens; raise it if they are many", file=sys.stderr)
-    return [row for company, scenario, transcripts in held for attempt, transcript in enumerate(transcripts)
-            for row in _rows(company, scenario, attempt, params.teacher, transcript)], agreement
+    again = held_out if params.samples > 1 else ()
+    with TemporaryDirectory() as folder:
+        if params.budget_usd is not None:  # it covers what was paid before
+            await hold_and_ask(companies, params, None, spend, Held(Path(folder) / "paid_before", params.teacher, again), offline=True)
+        held = Held(Path(folder) / "held", params.teacher, again)
+        agreement = await hold_and_ask(companies, params, simulator_url, spend, held)
+        if spend.reason:
+            raise spend.reason
+        print(f"teacher_gen: {spend.summary()}", file=sys.stderr)
+        if held.cut_short:
+            print(f"teacher_gen: {held.cut_short} answers were cut at max_tokens; raise it if they are many", file=sys.stderr)
+        return held.table(), agreement
 
 
-async def hold_and_ask(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None, spend: Spend, held_out: Collection[str], *,
-                       offline: bool = False) -> tuple[Held, dict[str, Any] | None]:
+async def hold_and_ask(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None, spend: Spend, held: Held, *,
+                       offline: bool = False) -> dict[str, Any] | None:
     """Every attempt at every scenario, then the teacher's agreement with itself where `samples` asks for it; `offline` as far as the cache goes."""
-    held = await hold_all(companies, params, simulator_url, spend, offline=offline)
+    await hold_all(companies, params, simulator_url, spend, held.add, offline=offline)
     if params.samples < 2 or spend.reason:
-        return held, None
-    turns = draw_turns((company, scenario, messages) for company, scenario, transcripts in held
-                       if company.slug in held_out and (messages := kept(company, scenario, transcripts)))
-    paid_usd = sum(cost.cost_usd or 0.0 for _, _, transcripts in held for transcript in transcripts for cost in transcript.costs)
-    answers = await ask_again(turns, params.samples, params.teacher, simulator_url, spend, paid_usd, offline=offline)
-    return held, self_agreement(turns, answers, params.samples)
+        return None
+    turns = held.turns()
+    answers = await ask_again(turns, params.samples, params.teacher, simulator_url, spend, held.paid_usd, offline=offline)
+    return self_agreement(turns, answers, params.samples)
 
 
-async def hold_all(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None, spend: Spend, *,
-                   offline: bool = False) -> Held:
+async def hold_all(companies: dict[str, Company], params: TeacherGenParams, simulator_url: str | None, spend: Spend, done: Done, *,
+                   offline: bool = False) -> None:
     """Every attempt at every scenario; `offline` as far as the cache goes."""
     jobs = [(company, scenario) for company in companies.values() for scenario in company.scenarios]
     lengths = [sum(1 + len(turn.agent) for turn in scenario.turns) for _, scenario in jobs]
     bases = {slug: KnowledgeBase(company.articles) for slug, company in companies.items()}
-    finished_usd, done = 0.0, 0
-    # Twice as many conversations as slots keep every slot busy while tools run.
-    room = asyncio.Semaphore(2 * params.teacher.max_concurrency)
+    finished_usd, finished = 0.0, 0
+    # Those that promise to be longest first, so that the last ones to end are short (LPT; Graham 1969).
+    order = iter(sorted(range(len(jobs)), key=lambda number: -lengths[number]))
     async with open_endpoints(spend, simulator_url, params.teacher, params.customer, offline=offline) as (teacher, customer):
         # In messages as written: the first conversations are the longest, and would promise more time and dollars than it takes.
         with tqdm(total=sum(lengths), desc="teacher_gen", unit="message", file=sys.stderr, disable=offline, miniters=0) as bar:
 
-            async def job(company: Company, scenario: Scenario, length: int) -> list[Transcript]:
-                nonlocal finished_usd, done
-                async with room:
+            async def one_after_the_other() -> None:
+                nonlocal finished_usd, finished
+                for number in order:
+                    company, scenario = jobs[number]
                     transcripts = await _attempts(company, scenario, bases[company.slug], params.attempts, teacher, customer)
-                finished_usd += sum(cost.cost_usd or 0.0 for transcript in transcripts for cost in transcript.costs)
-                done += length
-                bar.update(length)
-                bar.set_postfix_str(spend.progress(finished_usd / done * sum(lengths)), refresh=False)
-                return transcripts
+                    done(number, company, scenario, transcripts)
+                    finished_usd += sum(cost.cost_usd or 0.0 for transcript in transcripts for cost in transcript.costs)
+                    finished += lengths[number]
+                    bar.update(lengths[number])
+                    bar.set_postfix_str(spend.progress(finished_usd / finished * sum(lengths)), refresh=False)
 
-            # Those that promise to be longest first, so that the last ones to end are short (LPT; Graham 1969).
-            order = sorted(range(len(jobs)), key=lambda number: -lengths[number])
             async with asyncio.TaskGroup() as group:
-                tasks = {number: group.create_task(job(*jobs[number], lengths[number])) for number in order}
-    return [(company, scenario, tasks[number].result()) for number, (company, scenario) in enumerate(jobs)]
+                # Twice as many conversations as slots keep every slot busy while tools run.
+                for _ in range(2 * params.teacher.max_concurrency):
+                    group.create_task(one_after_the_other())
 
 
 async def _attempts(company: Company, scenario: Scenario, kb: KnowledgeBase, attempts: int,
@@ -194,8 +248,7 @@ def main() -> None:
         return
     companies = used_companies(data)
     with simulator_for("actors", params.teacher, params.customer) as url:
-        rows, agreement = asyncio.run(hold_conversations(companies, params, url, data.held_out))
-    frame = pl.DataFrame(rows, schema_overrides={"failure": pl.String, "scenario": pl.String, "cost_usd": pl.Float64})
+        frame, agreement = asyncio.run(hold_conversations(companies, params, url, data.held_out))
     write_table(TRACES, frame, Traces)
     write_table(RECORDED, Logs().table(), Recorded)
     agent = frame.filter(pl.col("role") == "agent")

@@ -55,7 +55,7 @@ def params(url, attempts=1, budget_usd=None, **changes):
 
 
 def held(url, companies=GYM, **changes):
-    return asyncio.run(hold_conversations(companies, params(url, **changes), None))[0]
+    return asyncio.run(hold_conversations(companies, params(url, **changes), None))[0].to_dicts()
 
 
 @asynccontextmanager
@@ -248,7 +248,7 @@ def test_the_live_line_projects_by_length_since_long_conversations_come_first():
             return super().progress(projected_usd)
 
     with hostile(Player({"gym": gym}, Rates(**FLAWLESS)).answer) as server:
-        asyncio.run(teacher_gen.hold_all({"gym": gym}, params(server.url, max_concurrency=1), None, Told(None, "teacher_gen")))
+        asyncio.run(teacher_gen.hold_all({"gym": gym}, params(server.url, max_concurrency=1), None, Told(None, "teacher_gen"), lambda *_: None))
         cost = worth(server)
     assert projected[-1] == pytest.approx(cost) and len(projected) == 8
     assert all(0.7 * cost < each < 1.5 * cost for each in projected), [each / cost for each in projected]

@@ -1,6 +1,7 @@
 """Conversations held over real HTTP: with the bundled simulator as a process, and with small servers that misbehave."""
 
 import asyncio
+import gc
 import json
 from collections import Counter
 from itertools import groupby, pairwise
@@ -8,13 +9,14 @@ from itertools import groupby, pairwise
 import pytest
 
 from agent import endpoint
+from agent.loop import Transcript
 from agent.world import World
 from schemas.action import TOOLS, ActionError, parse_action
 from schemas.company import Kind
 from schemas.errors import InputError
 from schemas.tables import Traces
 from schemas.traces import Message, RejectReason, Role
-from stages import teacher_gen
+from stages import _chunks, teacher_gen
 from stages._rules import examine
 from stages._simulated import simulator_for
 from stages._stage import DataParams, read_table, used_companies
@@ -42,7 +44,8 @@ def hold(folder, rates, **changes):
     with inside(folder):
         companies, asked = used_companies(SLICE), params(**changes)
         with simulator_for("actors", asked.teacher, asked.customer) as url:
-            rows, _ = asyncio.run(hold_conversations(companies, asked, url))
+            table, _ = asyncio.run(hold_conversations(companies, asked, url))
+    rows = table.to_dicts()
     return rows, held(rows, companies)
 
 
@@ -104,6 +107,27 @@ def test_tokens_are_counted_where_they_were_paid(noisy):
 
 def test_a_second_run_gives_the_same_rows(noisy, tmp_path):
     assert hold(tmp_path, NOISY)[0] == noisy[0]
+
+
+def test_rows_put_away_bit_by_bit_are_the_same_rows(noisy, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_gen, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(_chunks, "ROWS", 5)
+    assert hold(tmp_path, NOISY)[0] == noisy[0]
+
+
+def test_conversations_that_have_ended_are_not_held_in_memory(tmp_path, monkeypatch):
+    """With room for two calls, four conversations are on the way: their transcripts are alive, and those of the four before them."""
+    alive = []
+    add = teacher_gen.Held.add
+
+    def counted(self, *held):
+        add(self, *held)
+        gc.collect()
+        alive.append(sum(isinstance(each, Transcript) for each in gc.get_objects()))
+
+    monkeypatch.setattr(teacher_gen.Held, "add", counted)
+    conversations = hold(tmp_path, FLAWLESS, teacher={"max_concurrency": 2}, customer={"max_concurrency": 2})[1]
+    assert len(alive) == len(conversations) == 30 and max(alive) <= 8
 
 
 def test_without_flaws_the_conversations_are_the_reference(tmp_path):
