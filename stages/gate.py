@@ -1,8 +1,9 @@
 """Say whether the student may go to customers: every rule of params.yaml's `gate` with its value, interval and verdict.
 
-    python -m stages.gate [--base REV] [--format plain|markdown|json]
+    python -m stages.gate [--base REV [--worse]] [--format plain|markdown|json]
 
-Exit code 0 if every rule passes that was asked, else 1; without a base revision the cost is not asked. What is judged is what ships,
+Exit code 0 if every rule passes that was asked, else 1; without a base revision the cost is not asked. With `--worse` a rule that the
+base's student does not pass either is let go, so that code 1 says what a change has made worse. What is judged is what ships,
 the student under its threshold; what it does without stands beside. A rule passes only if the whole 95 % interval is on the right
 side, fails only if all of it is on the wrong one, and otherwise cannot tell, which fails unless `cannot_tell_passes`. Of a rate, the
 wider of the Wilson interval and the one that draws whole conversations counts; the cost has the latter, and where few conversations changed
@@ -239,10 +240,19 @@ def judge_rules(params: GateParams, detail: dict[str, Any], exact: dict[str, Any
         limit_rule("unscored", counted(JUDGE, judge, student_of, "unscored"), params.max_unscored, False, "turns")]
 
 
-def passes(verdicts: list[Verdict], params: GateParams) -> bool:
-    """Whether all rules together let the student through."""
+def read_counts(rev: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What a revision's rules are judged by: the detail of `calibrate`, the counts of `eval_exact` and `eval_judge`.
+
+    Raises:
+        InputError: it has no such files.
+    """
+    return read_json(DETAIL, rev, CalibrateDetail), read_json(EXACT, rev, ExactCounts), read_json(JUDGE, rev, JudgeCounts)
+
+
+def not_passed(verdicts: list[Verdict], params: GateParams) -> set[str]:
+    """The rules that do not let the student through."""
     enough = {PASS, SKIPPED, *([CANNOT_TELL] if params.cannot_tell_passes else [])}
-    return all(verdict.verdict in enough for verdict in verdicts)
+    return {verdict.rule for verdict in verdicts if verdict.verdict not in enough}
 
 
 def _share(rate: dict[str, Any]) -> str:
@@ -256,23 +266,27 @@ def _interval(low: float, high: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Say whether the student may go to customers.")
     parser.add_argument("--base", metavar="REV", help="the revision whose cost must not be exceeded")
+    parser.add_argument("--worse", action="store_true", help="let go what that revision's student does not pass either")
     parser.add_argument("--format", choices=["plain", "markdown", "json"], default="plain")
     options = parser.parse_args()
+    if options.worse and not options.base:
+        parser.error("--worse takes --base REV: worse than what?")
     params = load_params("gate", GateParams)
-    detail, exact, judge = (read_json(path, WORKSPACE, model) for path, model in (
-        (DETAIL, CalibrateDetail), (EXACT, ExactCounts), (JUDGE, JudgeCounts)))
+    detail, exact, judge = read_counts(WORKSPACE)
     check_detail(detail)
     verdicts = judge_rules(params, detail, exact, judge, options.base)
-    passed = passes(verdicts, params)
+    failed = not_passed(verdicts, params)
+    known = failed & not_passed(judge_rules(params, *read_counts(options.base), None), params) if options.worse else set()
     if options.format == "json":
-        print(json.dumps({"passed": passed, "rules": [asdict(verdict) for verdict in verdicts]}, indent=2, ensure_ascii=False))
+        print(json.dumps({"passed": not failed, "rules": [asdict(verdict) for verdict in verdicts]}, indent=2, ensure_ascii=False))
     else:
         table = [["rule", "wanted", "at the threshold", "95 % interval", "without", "verdict"],
                  *([v.rule, v.wanted, v.value, v.interval, v.plain, v.verdict + (f": {v.why}" if v.why else "")] for v in verdicts)]
         print((markdown if options.format == "markdown" else plain)(table) + "\n")
         unasked = "" if options.base else "; whether the cost rose was not asked"
-        print(f"Judge: {judge['judge']}. The gate {'passes' if passed else 'does not pass'}{unasked}.")
-    sys.exit(0 if passed else 1)
+        let_go = f" {options.base} does not pass either: {'; '.join(sorted(known))}." if known else ""
+        print(f"Judge: {judge['judge']}. The gate {'does not pass' if failed else 'passes'}{unasked}.{let_go}")
+    sys.exit(1 if failed - known else 0)
 
 
 if __name__ == "__main__":

@@ -189,6 +189,21 @@ def test_a_dearer_student_fails_against_its_base(history, tmp_path):
     assert code == 1 and rules["expected"]["verdict"] == "fail" and rules["expected"]["value"].startswith("+")
 
 
+def test_worse_lets_go_what_the_base_does_not_pass_either(history, tmp_path):
+    with inside(tmp_path):
+        subprocess.run(["git", "clone", "-q", str(history), "copy"], check=True)
+    folder = tmp_path / "copy"
+    git(folder, "checkout", "-q", "weak")
+    done = command(folder, "gate", "--base", "weak", "--worse")
+    assert gate(folder, "--base", "weak")[0] == 1 and done.returncode == 0
+    assert "The gate does not pass. weak does not pass either: escalate_recall, lower limit, worst company." in done.stdout
+    assert command(folder, "gate", "--base", "strong", "--worse").returncode == 1, "strong passes it"
+    calibrated(folder, predictions(MANY, strength=-1.0))
+    _, rules = gate(folder, "--base", "weak")
+    assert rules["expected"]["verdict"] == "fail" and command(folder, "gate", "--base", "weak", "--worse").returncode == 1, "the cost is never let go"
+    assert command(folder, "gate", "--worse").returncode == 2
+
+
 @pytest.mark.parametrize("handoff, few, verdict", [(True, 1, "cannot tell"), (False, 3, "pass")])
 def test_a_few_conversations_that_cost_more_are_bounded_without_the_bootstrap(history, tmp_path, handoff, few, verdict):
     """One of 400 missed at 60 minutes, or three handed off needlessly at 5: the interval, drawn from so few, ends below the limit either way."""

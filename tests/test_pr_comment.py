@@ -83,11 +83,10 @@ def committed(folder, **files):
 
 
 def test_two_real_revisions_show_every_rate_that_differs():
-    new, old = git(ROOT, "log", "-2", "--format=%h", "--", "metrics/*.json").split()
-    text = comment(old, new)
-    assert text.startswith(f"{MARKER}\n## Results: `{old}` ({old}) → `{new}` ({new})\n")
-    before, after = ({} if git(ROOT, "ls-tree", rev, "--", EXACT.as_posix()) == "" else json.loads(git(ROOT, "show", f"{rev}:{EXACT}"))
-                     for rev in (old, new))
+    text = comment(OLD, NEW)
+    assert text.startswith(f"{MARKER}\n## Results: `{OLD}` ({OLD}) → `{NEW}` ({NEW})\n")
+    before, after = (of_revision(rev, EXACT) for rev in (OLD, NEW))
+    assert before != after
     for company, models in after.items():
         for model, rates in models.items():
             for name, value in rates.items():
@@ -315,6 +314,14 @@ def test_ci_shows_gate_comparison_parameters_and_charts_under_names_that_a_clone
     assert "recall against over-escalation, held-out companies: curve_student.csv` is the same in both." in text, "v2 and v2.1 share the score"
 
 
+def test_a_request_is_red_for_what_it_makes_worse(merged):
+    """The study's student does not pass, neither before nor after: that is no news of the request."""
+    base = JOBS["report"]["env"]["BASE"]
+    done = step("Gate", merged, BASE=base)
+    assert done.returncode == 0 and "The gate does not pass." in done.stdout, done.stderr
+    assert f"{base} does not pass either: escalate_recall, lower limit" in done.stdout
+
+
 def test_plots_that_fail_are_a_warning_after_the_comment_is_kept(merged):
     done = step("Draw the plots", merged, BASE="nowhere")
     assert done.returncode == 0 and "::warning title=dvc plots diff::" in done.stdout and "nowhere" in done.stderr
@@ -379,6 +386,11 @@ def test_the_job_that_may_write_runs_no_code_of_the_request():
     assert {name: job["permissions"] for name, job in JOBS.items()} == {"report": {"contents": "read"}, "comment": {"pull-requests": "write"}}
     assert [step.get("uses", "").split("@")[0] for step in JOBS["comment"]["steps"]] == ["actions/download-artifact", ""]
     assert "github.event.pull_request.head.repo.full_name == github.repository" in JOBS["comment"]["if"]
+
+
+def test_only_the_step_that_restores_data_knows_a_secret():
+    assert [step["name"] for job in JOBS.values() for step in job["steps"] if "secrets." in str(step)] == ["Restore data"]
+    assert WORKFLOW.read_text(encoding="utf-8").count("secrets.") == 2, "its two, and none above the steps"
 
 
 def test_the_history_is_there_that_the_base_and_the_study_are_read_from():

@@ -121,6 +121,17 @@ def test_filters_find_the_conversations_that_have_such_a_turn(report, visit, fil
     finds(page, sum(one["set"] == "held_out" for one in embedded(report)))
 
 
+def test_choosing_a_reason_shows_the_rejected_ones_and_leaving_them_drops_it(report, visit):
+    page = visit(report, "#/conversations")
+    choose(page, gold="escalate")
+    choose(page, reject="handoff_missed")
+    finds(page, sum(one.get("reason") == "handoff_missed" for one in embedded(report)))
+    expect(page.locator("[name=set]")).to_have_value("rejected")
+    choose(page, set="held_out")
+    finds(page, sum(any(gold == "escalate" for gold, _ in replies(one)) for one in embedded(report)))
+    expect(page.locator("[name=reject]")).to_have_value("")
+
+
 def test_search_finds_words_in_every_part_and_marks_them(report, visit):
     page = visit(report, "#/conversations")
     for text in ("ONERROR=", "hand over?", "router"):

@@ -112,7 +112,6 @@
     const key = JSON.stringify(Object.keys(DEFAULTS).map((name) => f[name]));
     for (const name of Object.keys(DEFAULTS)) if (form.elements[name].value !== f[name]) form.elements[name].value = f[name];
     for (const name of ["gold", "model", "action", "right"]) form.elements[name].disabled = f.set === "rejected";
-    form.elements.reject.disabled = f.set === "held_out";
     form.elements.right.querySelector('[value="refused"]').disabled = f.model === "compared";  // another revision's verdicts are not in this file
     if (key === filtered) return false;
     filtered = key;
@@ -277,7 +276,13 @@
   form.addEventListener("input", (event) => {
     clearTimeout(waiting);
     // All of them: a choice made while words are being typed is no reason to forget the words.
-    const values = () => Object.fromEntries(Object.keys(DEFAULTS).map((name) => [name, form.elements[name].value]));
+    const values = () => {
+      const chosen = Object.fromEntries(Object.keys(DEFAULTS).map((name) => [name, form.elements[name].value]));
+      // Only a rejected conversation has a reason: choosing one shows those, and leaving those drops it.
+      if (event.target.name === "reject" && chosen.reject) chosen.set = "rejected";
+      if (event.target.name === "set" && chosen.set !== "rejected") chosen.reject = "";
+      return chosen;
+    };
     waiting = setTimeout(() => replace(values()), event.target.name === "q" ? 120 : 0);
   });
   form.addEventListener("reset", (event) => {
