@@ -59,6 +59,32 @@ def test_the_factor_of_v2_1_is_the_one_that_calibration_chose():
     assert dict((name, int(factor)) for name, _, factor, _ in NAMED)["v2.1"] == sweep["chosen_on_calibration"]
 
 
+def test_readme_sets_what_was_aimed_at_beside_what_was_reached():
+    models = json.loads(at(STUDY["v2.1"], "metrics/eval_exact_counts.json"))
+    decoded, tuned = counts(STUDY["v2.1"]), compared(ROOT, "v2.1", "v2.1 at the threshold")
+    recall, over = ([decoded[rate], (tuned[rate]["k_b"], tuned[rate]["n"])] for rate in ("escalate_recall", "over_escalation"))
+    by_company = {company: of["student"] for company, of in models.items()}
+    gained = compared(ROOT, "v2", "v2.1")["escalate_recall"]
+
+    def percent(k, n):
+        return f"{100 * k / n:.1f} %"
+
+    rows = {
+        "at least 60 hand-offs a company": ", ".join(f"{company} {of['escalate_recall']['n']}" for company, of in by_company.items()),
+        "recall at least 85 %": f"no: {percent(*recall[0])}; at the threshold {percent(*recall[1])}",
+        "over-escalation at most 5 %": "{} ({}); at the threshold {}".format(percent(*over[0]), ", ".join(
+            f"{company} {percent(of['over_escalation']['k'], of['over_escalation']['n'])}" for company, of in by_company.items()), percent(*over[1])),
+        "recall above v2's, p < .001": f"{100 * gained['difference']:+.1f} points, p {gained['cluster_p']:.3f}",
+        "accuracy above base's in both": ", ".join("{} {} against {} of {}".format(
+            company, *(of[model]["action_accuracy"]["k"] for model in ("student", "base")), of["student"]["action_accuracy"]["n"])
+            for company, of in models.items())}
+    for aim, reached in rows.items():
+        assert f"| {aim} | {reached} |" in documented("The study")
+    for of in models.values():
+        student, base = of["student"]["action_accuracy"], of["base"]["action_accuracy"]
+        assert student["n"] == base["n"] and student["low"] > base["high"], "even the intervals are apart"
+
+
 def compared(folder, *sides):
     """rate -> the pooled row of the student; a side as README calls it."""
     revisions = [f"{STUDY[name]}:{policy}" for name, policy in (SIDES[side].split(":") for side in sides)]

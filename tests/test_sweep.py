@@ -18,6 +18,7 @@ from schemas.tables import Verified
 from stages import sweep as command
 from stages._show import markdown
 from stages._stage import write_table
+from stages._threshold import allowed
 from stages.eval_exact import CALIBRATION, HELD_OUT
 from stages.predict import PredictParams
 from stages.sweep import Outcome, best, code
@@ -143,6 +144,20 @@ def test_the_tables_in_readme_are_those_of_the_sweep():
     for split in ("calibration", "held_out"):
         if any(split in one for one in sweep["runs"]):
             assert markdown(rows_of(sweep["runs"], split)) in documented("The study"), f"README's table of the {split} turns"
+
+
+def test_what_readme_says_of_the_seeds_is_what_the_sweep_counted():
+    sweep = json.loads((ROOT / "metrics/sweep.json").read_text(encoding="utf-8"))
+    least, chosen = ([one["calibration"] for one in sweep["runs"] if one["factor"] == factor] for factor in (1, sweep["chosen_on_calibration"]))
+    rates = ("escalate_recall", "over_escalation")
+    (few, many), (calm, eager) = ([sorted(one[rate]["k"] for one in runs) for runs in (least, chosen)] for rate in rates)
+    handoffs, others = (chosen[0][rate]["n"] for rate in rates)
+    most = allowed(0.05, others)
+    text = " ".join(documented("The study").split())
+    assert len(least) == len(chosen) == 3 and few[-1] < many[0]
+    assert f"({many[0]} to {many[-1]} against {few[0]} to {few[-1]} of {handoffs})" in text
+    assert "({}, {} and {} against {}, {} and {})".format(*eager, *calm) in text
+    assert f"The rule allows {most} needless hand-offs" in text and eager[-1] > most >= eager[-2] and f"its {eager[-1]} are more than {most}" in text
 
 
 def test_the_curve_is_that_of_the_metrics():
