@@ -26,7 +26,7 @@ class Examined(NamedTuple):
     """One conversation, as far as it can be judged by itself.
 
     Texts are held as digests, so that many conversations take little memory; all of them are empty where the conversation is rejected.
-    A tuple, since pickle takes eight times as long for a frozen dataclass with slots.
+    A tuple, since pickle takes two to three times as long for a frozen dataclass with slots.
     """
 
     name: str

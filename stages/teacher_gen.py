@@ -5,7 +5,7 @@ Writes  data/teacher_gen/traces.parquet, data/teacher_gen/recorded.parquet, metr
 
 A conversation that breaks a rule is held again, with another sample, up to `attempts` times; every attempt is kept in
 the table, so that verify sees and counts what the teacher really produced. Conversations that have ended lie on disk until all have,
-and the table is written: what memory holds does not grow with them. Every answer of a real endpoint is kept in
+and the table is written, so that memory does not hold them. Every answer of a real endpoint is kept in
 .cache/responses: a run that was stopped, or ended at `budget_usd`, goes on from there. With `source: recorded` nobody is
 asked: the traces are the logs', and recorded.parquet holds what became of every line; else it has no rows. With `samples`
 the teacher is asked again at some turns of the held-out companies, to see how far it agrees with itself.
