@@ -25,7 +25,7 @@ repro: $(BIN)/.installed
 quick: $(BIN)/.installed
 	python -m stages.check
 	@dvc exp remove --quiet quick 2>/dev/null || true
-	dvc exp run --temp --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2 -S predict.max_new_tokens=80 \
+	dvc exp run --temp --name quick -S data.scenarios_per_company=4 -S oversample.escalation_factor=2 -S predict.max_new_tokens=96 \
 	  -S qlora_train.first_layer=25 -S handoff_score.layer=25
 	python -m stages.table --rev quick
 
