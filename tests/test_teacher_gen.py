@@ -3,13 +3,13 @@
 import asyncio
 import gc
 import json
+import weakref
 from collections import Counter
 from itertools import groupby, pairwise
 
 import pytest
 
 from agent import endpoint
-from agent.loop import Transcript
 from agent.world import World
 from schemas.action import TOOLS, ActionError, parse_action
 from schemas.company import Kind
@@ -116,18 +116,19 @@ def test_rows_put_away_bit_by_bit_are_the_same_rows(noisy, tmp_path, monkeypatch
 
 
 def test_conversations_that_have_ended_are_not_held_in_memory(tmp_path, monkeypatch):
-    """With room for two calls, four conversations are on the way: their transcripts are alive, and those of the four before them."""
-    alive = []
+    """With room for two calls, four conversations are on the way, each beside the one that ended before it."""
+    alive, ended = [], []
     add = teacher_gen.Held.add
 
-    def counted(self, *held):
-        add(self, *held)
+    def counted(self, place, company, scenario, transcripts):
+        add(self, place, company, scenario, transcripts)
+        ended.extend(map(weakref.ref, transcripts))
         gc.collect()
-        alive.append(sum(isinstance(each, Transcript) for each in gc.get_objects()))
+        alive.append(sum(each() is not None for each in ended))
 
     monkeypatch.setattr(teacher_gen.Held, "add", counted)
     conversations = hold(tmp_path, FLAWLESS, teacher={"max_concurrency": 2}, customer={"max_concurrency": 2})[1]
-    assert len(alive) == len(conversations) == 30 and max(alive) <= 8
+    assert len(alive) == len(conversations) == 30 and max(alive) <= 4 < len(ended)
 
 
 def test_without_flaws_the_conversations_are_the_reference(tmp_path):
