@@ -41,7 +41,7 @@ def counts(commit):
 
 def test_readme_names_both_revisions():
     assert [name for name, *_ in NAMED] == ["v2", "v2.1"]
-    assert git("merge-base", "--is-ancestor", STUDY["v2"], STUDY["v2.1"]).returncode == 0, "first v2, then v2.1"
+    assert git("rev-parse", f"{STUDY['v2.1']}^").stdout == git("rev-parse", STUDY["v2"]).stdout != "", "first v2, then v2.1"
 
 
 @pytest.mark.parametrize("name, commit, factor, cells", NAMED)
