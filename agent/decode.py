@@ -2,15 +2,14 @@
 
 The conversation's keys and values up to a turn are exactly what the agent is prompted with there. So all turns of a
 conversation are decoded side by side, as branches of one tree: a step feeds the model one token of every branch that
-still runs, whatever conversation it belongs to, and the attention mask lets a branch see its conversation up to its turn and
-its own tokens. A turn that is decoded in several ways is one branch until they pick different tokens. What conversations begin
-with, a company's system prompt, is kept once, and all their branches attend to it in one product (Juravsky et al. 2024, "Hydragen").
+still runs, whatever conversation it belongs to. A turn that is decoded in several ways is one branch until they pick different
+tokens. A branch attends to three parts, each with all those that share it in one product (Juravsky et al. 2024, "Hydragen"): what
+its conversation begins with, a company's system prompt, kept once; its conversation up to its turn; and its own tokens.
 When all branches of a conversation have ended, the next conversation takes its place (continuous batching; Yu et al. 2022, "Orca").
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +25,10 @@ from agent.student import attention, entering_layer
 from schemas.action import ActionName
 
 ACTION_OPENING = '"action": "'
+SLOTS_AT_ONCE = 16
+"""By how many slots for branches their keys and values grow."""
+KEYS_AT_ONCE = 32
+"""A step looks at a multiple of so many tokens of a branch, the last ones hidden: oneDNN makes a kernel for every size that it meets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,13 @@ class SchemaChoice(Choice):
         return False
 
 
+@dataclass(slots=True, eq=False)
+class _Tail:
+    """Where `_Tails` keeps the keys and values of a branch's tokens."""
+
+    slot: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Branch:
     """What is decoded for one turn, in one way or in several that have picked the same tokens so far."""
@@ -95,8 +105,7 @@ class _Branch:
     """How many tokens its prompt has."""
     choices: dict[int, Choice]
     """By way."""
-    names: tuple[int, ...]
-    """Whose tokens it sees: those of the branches that it parted from, and its own, which come last."""
+    tail: _Tail
     tokens: tuple[int, ...] = ()
     other: str | None = None
 
@@ -107,10 +116,9 @@ _Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Attention over some of the keys: values summed by weights that are not normalised, (KV, R, D); the weights' sum and the score whose weight is 1."""
 
 
-def _keys_and_values(read: Any, tokens: slice, room: int) -> _Layer:
-    """Some tokens of a layer of a cache, at the beginning of buffers with room for more."""
-    pad = torch.nn.functional.pad
-    return pad(read.keys[0, :, tokens].transpose(1, 2), (0, room)).contiguous(), pad(read.values[0, :, tokens], (0, 0, 0, room))
+def _keys_and_values(read: Any, tokens: slice) -> _Layer:
+    """Some tokens of a layer of a cache."""
+    return read.keys[0, :, tokens].transpose(1, 2).contiguous(), read.values[0, :, tokens].contiguous()
 
 
 def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> _Part:
@@ -124,12 +132,13 @@ def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask:
     return weights.to(values.dtype) @ values, weights.sum(dim=-1, keepdim=True), top
 
 
-def _joined(parts: Sequence[_Part], others: Sequence[_Part]) -> torch.Tensor:
-    """Attention over the keys of both, (KV, R, D), each in parts of the rows (online softmax; Milakov and Gimelshein 2018)."""
-    (one, one_sum, one_top), (two, two_sum, two_top) = ((torch.cat(each, dim=1) for each in zip(*side, strict=True)) for side in (parts, others))
-    top = torch.maximum(one_top, two_top)
-    first, second = (one_top - top).exp(), (two_top - top).exp()
-    return (one * first + two * second) / (one_sum * first + two_sum * second)
+def _joined(*sides: Sequence[_Part]) -> torch.Tensor:
+    """Attention over the keys of all sides, (KV, R, D), each side in parts of the rows (online softmax; Milakov and Gimelshein 2018)."""
+    values, sums, tops = zip(*([torch.cat(each, dim=1) for each in zip(*side, strict=True)] for side in sides), strict=True)
+    top = torch.stack(tops).amax(dim=0)
+    weights = [(each - top).exp_() for each in tops]
+    total, weight = (sum(each * by for each, by in zip(of, weights, strict=True)) for of in (values, sums))
+    return torch.as_tensor(total / weight)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,46 +151,89 @@ class _Prefix:
 
 
 class _Tree:
-    """One conversation that is being decoded: keys and values behind its prefix, then those of its branches' tokens as they come.
+    """One conversation that is being decoded: keys and values behind its prefix.
 
     Args:
         number: which conversation.
         prefix: what it begins with.
         read: the cache that it was read into, prefix and all.
         branches: one a turn.
-        room: how many tokens the branches may have together.
     """
 
-    def __init__(self, number: int, prefix: _Prefix, read: Any, branches: list[_Branch], room: int) -> None:
+    def __init__(self, number: int, prefix: _Prefix, read: Any, branches: list[_Branch]) -> None:
         self.number, self.prefix, self.going = number, prefix, branches
         self.replies: dict[tuple[int, int], Reply] = {}
         """By way and turn, as they end."""
-        self._names = itertools.count(len(branches))
-        self._read = self._filled = read.get_seq_length() - prefix.tokens
-        self._layers = [_keys_and_values(layer, slice(prefix.tokens, None), room) for layer in read.layers]
-        # Which branch each token behind what was read belongs to.
-        self._owner = torch.empty(room, dtype=torch.long)
+        self._read = read.get_seq_length() - prefix.tokens
+        self._layers = [_keys_and_values(layer, slice(prefix.tokens, None)) for layer in read.layers]
         self._mask = torch.empty(0)
 
-    def parted(self, branch: _Branch) -> _Branch:
-        """A branch that sees what `branch` does, and goes its own way from here."""
-        return replace(branch, names=(*branch.names, next(self._names)))
-
     def begin_step(self, heads: int) -> None:
-        """Make room for one more token of every branch that goes on; `heads` queries share a head of keys."""
-        start, self._filled = self._filled, self._filled + len(self.going)
-        most = max(len(branch.names) for branch in self.going)
-        # Filled up with a name that stands there already.
-        names = torch.tensor([branch.names[:1] * (most - len(branch.names)) + branch.names for branch in self.going])
-        self._owner[start - self._read:self._filled - self._read] = names[:, -1]
-        before = torch.arange(self._read) < torch.tensor([branch.start - self.prefix.tokens for branch in self.going])[:, None]
-        own = (self._owner[:self._filled - self._read, None] == names[:, None]).any(dim=-1)
-        seen = torch.cat([before, own], dim=1)
-        mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).repeat_interleave(heads, dim=0)
+        """Hide from every branch what comes after its prompt; `heads` queries share a head of keys."""
+        after = torch.arange(self._read) >= torch.tensor([branch.start - self.prefix.tokens for branch in self.going])[:, None]
+        mask = torch.zeros(after.shape).masked_fill_(after, float("-inf")).repeat_interleave(heads, dim=0)
         self._mask = mask.to(self._layers[0][1])
 
+    def attend(self, query: torch.Tensor, layer: int) -> _Part:
+        """Attention of the step's tokens over the conversation behind its prefix, up to their turns; queries as `_attend` takes them."""
+        return _attend(query, *self._layers[layer], self._mask)
+
+
+class _Tails:
+    """Keys and values of the tokens of all branches that go on, a slot each, without a gap.
+
+    Args:
+        room: how many tokens a branch may have.
+        like: a layer of a cache, for the shape of its heads, the type and the device.
+        layers: how many there are.
+    """
+
+    def __init__(self, room: int, like: Any, layers: int) -> None:
+        _, kv, _, size = like.keys.shape
+        self._held: list[_Tail] = []
+        self._keys = [like.keys.new_zeros(0, kv, size, room) for _ in range(layers)]
+        self._values = [like.values.new_zeros(0, kv, room, size) for _ in range(layers)]
+        self._slots = self._ends = self._mask = torch.empty(0)
+
+    def new(self) -> _Tail:
+        """A slot for a branch without tokens."""
+        tail = _Tail(len(self._held))
+        self._held.append(tail)
+        if len(self._held) > len(self._keys[0]):
+            for states in (self._keys, self._values):
+                states[:] = [torch.nn.functional.pad(each, (0, 0) * 3 + (0, SLOTS_AT_ONCE)) for each in states]
+        return tail
+
+    def copy(self, tail: _Tail) -> _Tail:
+        """A slot for a branch that begins with the tokens of another."""
+        new = self.new()
+        self._move(tail.slot, new.slot)
+        return new
+
+    def release(self, tail: _Tail) -> None:
+        """Give a slot up; the last one takes its place."""
+        last = self._held.pop()
+        if last is not tail:
+            self._move(last.slot, tail.slot)
+            last.slot, self._held[tail.slot] = tail.slot, last
+
+    def _move(self, old: int, new: int) -> None:
+        for states in (*self._keys, *self._values):
+            states[new] = states[old]
+
+    def begin_step(self, going: Sequence[_Branch]) -> None:
+        """Make room for one more token of every branch, in the order in which the tokens come."""
+        device, lengths = self._keys[0].device, torch.tensor([len(branch.tokens) for branch in going])
+        self._slots, self._ends = (torch.tensor([branch.tail.slot for branch in going], device=device), (lengths - 1).to(device))
+        seen = min(-(-int(lengths.max()) // KEYS_AT_ONCE) * KEYS_AT_ONCE, self._keys[0].shape[-1])
+        mask = torch.zeros(len(going), seen).masked_fill_(torch.arange(seen) >= lengths[:, None], float("-inf"))
+        self._mask = torch.empty_like(mask)
+        self._mask[self._slots] = mask
+        kv = self._keys[0].shape[1]
+        self._mask = self._mask.repeat_interleave(kv, dim=0)[:, None].to(self._keys[0])
+
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> _Part:
-        """Attention of the step's tokens over what stands behind the prefix: the conversation up to their turns, and their branches.
+        """Attention of the step's tokens over those of their branches.
 
         Args:
             query: (KV, N x heads, D), scaled.
@@ -189,15 +241,21 @@ class _Tree:
             value: (KV, N, D), kept.
             layer: counted from 0.
         """
-        keys, values = self._layers[layer]
-        here = slice(self._filled - len(self.going), self._filled)
-        keys[:, :, here], values[:, here] = key.transpose(1, 2), value
-        return _attend(query, keys[:, :, :self._filled], values[:, :self._filled], self._mask)
+        keys, values = self._keys[layer], self._values[layer]
+        keys[self._slots, :, :, self._ends] = key.transpose(0, 1)
+        values[self._slots, :, self._ends] = value.transpose(0, 1)
+        kv, going, seen = len(query), len(self._slots), self._mask.shape[-1]
+        by_branch = query.unflatten(1, (going, -1)).transpose(0, 1)
+        by_slot = torch.empty_like(by_branch, memory_format=torch.contiguous_format)
+        by_slot[self._slots] = by_branch
+        found = _attend(by_slot.flatten(0, 1), keys[:going].flatten(0, 1)[:, :, :seen], values[:going].flatten(0, 1)[:, :seen], self._mask)
+        out, total, top = (each.unflatten(0, (going, kv))[self._slots].transpose(0, 1).flatten(1, 2) for each in found)
+        return out, total, top
 
 
 def _tree_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-                    trees: list[_Tree], scaling: float | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """Attention of tokens that come in one line, (1, heads, N, D), tree by tree, each over its own keys and values.
+                    trees: list[_Tree], tails: _Tails, scaling: float | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Attention of tokens that come in one line, (1, heads, N, D), tree by tree.
 
     All else in the model takes the tokens as they come, so that nothing is computed for padding. Neighbours with the same
     prefix attend to it in one product.
@@ -207,12 +265,12 @@ def _tree_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: 
     # Rows by token, then by head, so that a tree's are neighbours.
     rows = query[0].unflatten(0, (kv, heads)).transpose(1, 2).reshape(kv, -1, size) * (size ** -0.5 if scaling is None else scaling)
     counts = [len(tree.going) for tree in trees]
-    of_trees = zip(rows.split([count * heads for count in counts], dim=1), key[0].split(counts, dim=1), value[0].split(counts, dim=1), strict=True)
-    own = [tree.attend(*states, layer) for tree, states in zip(trees, of_trees, strict=True)]
+    own = [tree.attend(states, layer) for tree, states in zip(trees, rows.split([count * heads for count in counts], dim=1), strict=True)]
     prefixes = [(prefix, sum(len(tree.going) for tree in alike)) for prefix, alike in groupby(trees, key=lambda tree: tree.prefix)]
     of_prefixes = rows.split([count * heads for _, count in prefixes], dim=1)
     shared = [_attend(states, *prefix.layers[layer]) for (prefix, _), states in zip(prefixes, of_prefixes, strict=True)]
-    return _joined(own, shared).to(query.dtype).unflatten(1, (-1, heads)).transpose(0, 1).reshape(1, query.shape[2], -1, size), None
+    tokens = tails.attend(rows, key[0], value[0], layer)
+    return _joined(own, shared, [tokens]).to(query.dtype).unflatten(1, (-1, heads)).transpose(0, 1).reshape(1, query.shape[2], -1, size), None
 
 
 AttentionInterface.register("handoff_trees", _tree_attention)
@@ -290,23 +348,24 @@ class TurnDecoder:
     def _decode(self, conversations: Sequence[Encoded], ways: Sequence[Callable[[], Choice]]) -> Iterator[tuple[int, list[list[Reply]]]]:
         waiting = sorted(range(len(conversations)), key=lambda number: (len(conversations[number].spans), len(conversations[number].ids)))
         trees: list[_Tree] = []
+        tails: _Tails | None = None
         while waiting or trees:
             while waiting and sum(len(tree.going) for tree in trees) < self.at_once:
                 number = waiting.pop()
                 states, cache = self._read(number, conversations[number])
-                branches = [_Branch(turn, start, {at: way() for at, way in enumerate(ways)}, (turn,))
+                tails = tails or _Tails(self.max_new_tokens, cache.layers[0], len(cache.layers))
+                branches = [_Branch(turn, start, {at: way() for at, way in enumerate(ways)}, tails.new())
                             for turn, (start, _) in enumerate(conversations[number].spans)]
-                room = len(branches) * len(ways) * self.max_new_tokens
-                tree = _Tree(number, self._prefix(conversations[number], cache), cache, branches, room)
-                self._grow(tree, iter(self.model.get_output_embeddings()(states).float().cpu()))
+                tree = _Tree(number, self._prefix(conversations[number], cache), cache, branches)
+                self._grow(tree, tails, iter(self.model.get_output_embeddings()(states).float().cpu()))
                 trees = sorted([*trees, tree], key=lambda tree: tree.prefix.number)
             for tree in [tree for tree in trees if not tree.going]:
                 trees.remove(tree)
                 yield tree.number, [[tree.replies[way, turn] for turn in range(len(conversations[tree.number].spans))] for way in range(len(ways))]
-            if trees:
-                following = iter(self._step(trees))
+            if trees and tails:
+                following = iter(self._step(trees, tails))
                 for tree in trees:
-                    self._grow(tree, following)
+                    self._grow(tree, tails, following)
 
     def _read(self, number: int, encoded: Encoded) -> tuple[torch.Tensor, Any]:
         """Read a conversation, as `Prefill` does."""
@@ -321,20 +380,21 @@ class TurnDecoder:
         """What a conversation that was read begins with; made of the first one that begins so."""
         ids = tuple(encoded.ids[:encoded.prefix])
         if ids not in self._prefixes:
-            self._prefixes[ids] = _Prefix(len(self._prefixes), len(ids), [_keys_and_values(layer, slice(len(ids)), 0) for layer in read.layers])
+            self._prefixes[ids] = _Prefix(len(self._prefixes), len(ids), [_keys_and_values(layer, slice(len(ids))) for layer in read.layers])
         return self._prefixes[ids]
 
-    def _grow(self, tree: _Tree, logits: Iterator[torch.Tensor]) -> None:
+    def _grow(self, tree: _Tree, tails: _Tails, logits: Iterator[torch.Tensor]) -> None:
         """Give every branch of a tree its next token; it parts where its ways do, and ends where they end."""
-        tree.going = [grown for branch in tree.going for grown in self._grown(tree, branch, next(logits))]
+        tree.going = [grown for branch in tree.going for grown in self._grown(tree, tails, branch, next(logits))]
 
-    def _grown(self, tree: _Tree, branch: _Branch, logits: torch.Tensor) -> Iterator[_Branch]:
+    def _grown(self, tree: _Tree, tails: _Tails, branch: _Branch, logits: torch.Tensor) -> list[_Branch]:
         """What goes on from a branch."""
         if branch.other is None and self.tokenizer.decode(branch.tokens[-len(ACTION_OPENING):]).endswith(ACTION_OPENING):
             branch = replace(branch, other=max(self._others, key=lambda name: float(logits[self._others[name]])))
         picked: dict[int, dict[int, Choice]] = {}
         for way, choice in branch.choices.items():
             picked.setdefault(choice.next_token(logits), {})[way] = choice
+        parted: list[_Branch] = []
         for token, choices in picked.items():
             tokens = branch.tokens if token in self._ends else (*branch.tokens, token)
             ended = token in self._ends or len(tokens) == self.max_new_tokens
@@ -342,15 +402,20 @@ class TurnDecoder:
             for way in choices.keys() - going.keys():
                 tree.replies[way, branch.turn] = Reply(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False), branch.other)
             if going:
-                yield replace(branch if len(picked) == 1 else tree.parted(branch), choices=going, tokens=tokens)
+                tail = tails.copy(branch.tail) if parted else branch.tail
+                parted.append(replace(branch, choices=going, tokens=tokens, tail=tail))
+        if not parted:
+            tails.release(branch.tail)
+        return parted
 
-    def _step(self, trees: list[_Tree]) -> torch.Tensor:
+    def _step(self, trees: list[_Tree], tails: _Tails) -> torch.Tensor:
         """Feed the last token of every branch that goes on: the logits of what comes next, (N, V), where the tokens are chosen: on the CPU."""
         config, device = self.model.config.get_text_config(), self.model.device
         for tree in trees:
             tree.begin_step(config.num_attention_heads // config.num_key_value_heads)
         going = [branch for tree in trees for branch in tree.going]
+        tails.begin_step(going)
         last = torch.tensor([[branch.tokens[-1] for branch in going]], device=device)
         positions = torch.tensor([[branch.start + len(branch.tokens) - 1 for branch in going]], device=device)
         with attention(self.model, "handoff_trees"):
-            return self.model(input_ids=last, position_ids=positions, use_cache=False, trees=trees).logits[0].float().cpu()
+            return self.model(input_ids=last, position_ids=positions, use_cache=False, trees=trees, tails=tails).logits[0].float().cpu()

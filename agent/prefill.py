@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from agent.encode import Encoded
-from agent.student import backbone, shares_prefix
+from agent.packing import CAUSAL
+from agent.student import attention, backbone, shares_prefix
 from schemas.errors import InputError
 
 
@@ -69,4 +70,6 @@ class Prefill:
         return DynamicCache(config=self._config)
 
     def _read(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
-        return self._network(input_ids=torch.tensor([ids], device=self._network.device), cache=cache, use_cache=True).last_hidden_state[0], cache
+        with attention(self._network, CAUSAL):
+            read = self._network(input_ids=torch.tensor([ids], device=self._network.device), cache=cache, use_cache=True)
+        return read.last_hidden_state[0], cache

@@ -22,6 +22,8 @@ from schemas.errors import InputError
 # Attention over shared keys and values, instead of copies of them for every query head (transformers' own switch; on a
 # CPU, copying takes longer than attending).
 os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
+# Read by oneDNN at its first product. Without Intel's matrix extension it has no float32 product that rounds to bfloat16: see `_products_by_onednn`.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 WEIGHTS = CACHE / "weights"
 """Converted weights; made once, never an output of the pipeline."""
 
@@ -141,6 +143,7 @@ def load_base(params: StudentParams) -> Any:
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    _products_by_onednn()
     dtype: torch.dtype = getattr(torch, params.compute_dtype)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     folder = weights_folder(params.weights)
@@ -150,6 +153,16 @@ def load_base(params: StudentParams) -> Any:
     if params.unpack_once:
         _unpack(model)
     return model
+
+
+def _products_by_onednn() -> None:
+    """Let oneDNN compute float32 products on a CPU with AVX-512, instead of MKL, which leaves that unused on an AMD.
+
+    In full float32: torch hands products to oneDNN only if told that bfloat16 is precise enough, and with the instructions that
+    ONEDNN_MAX_CPU_ISA leaves it, oneDNN makes no use of that.
+    """
+    mkldnn: Any = torch.backends.mkldnn
+    mkldnn.matmul.fp32_precision = "bf16"
 
 
 def load_student(params: StudentParams, adapter: Path) -> Any:
