@@ -122,7 +122,7 @@ def _keys_and_values(read: Any, tokens: slice) -> _Layer:
 
 
 def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> _Part:
-    """Attention of scaled queries, (KV, R, D); `mask`, (R, S), is added to the scores.
+    """Attention of scaled queries, (KV, R, D); `mask`, which broadcasts to (KV, R, S), is added to the scores.
 
     Plain products: for the few rows of a step they take less time than torch's fused attention. The softmax is taken in float32.
     """
@@ -134,11 +134,10 @@ def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask:
 
 def _joined(*sides: Sequence[_Part]) -> torch.Tensor:
     """Attention over the keys of all sides, (KV, R, D), each side in parts of the rows (online softmax; Milakov and Gimelshein 2018)."""
-    values, sums, tops = zip(*([torch.cat(each, dim=1) for each in zip(*side, strict=True)] for side in sides), strict=True)
-    top = torch.stack(tops).amax(dim=0)
-    weights = [(each - top).exp_() for each in tops]
-    total, weight = (sum(each * by for each, by in zip(of, weights, strict=True)) for of in (values, sums))
-    return torch.as_tensor(total / weight)
+    whole = [[torch.cat(each, dim=1) for each in zip(*side, strict=True)] for side in sides]
+    values, sums, tops = (torch.stack(each) for each in zip(*whole, strict=True))
+    weights = (tops - tops.amax(dim=0)).exp_()
+    return (values * weights).sum(dim=0) / (sums * weights).sum(dim=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,14 +222,13 @@ class _Tails:
 
     def begin_step(self, going: Sequence[_Branch]) -> None:
         """Make room for one more token of every branch, in the order in which the tokens come."""
-        device, lengths = self._keys[0].device, torch.tensor([len(branch.tokens) for branch in going])
-        self._slots, self._ends = (torch.tensor([branch.tail.slot for branch in going], device=device), (lengths - 1).to(device))
-        seen = min(-(-int(lengths.max()) // KEYS_AT_ONCE) * KEYS_AT_ONCE, self._keys[0].shape[-1])
-        mask = torch.zeros(len(going), seen).masked_fill_(torch.arange(seen) >= lengths[:, None], float("-inf"))
-        self._mask = torch.empty_like(mask)
-        self._mask[self._slots] = mask
-        kv = self._keys[0].shape[1]
-        self._mask = self._mask.repeat_interleave(kv, dim=0)[:, None].to(self._keys[0])
+        kv, room, device = self._keys[0].shape[1], self._keys[0].shape[3], self._keys[0].device
+        slots, lengths = (torch.tensor(each) for each in zip(*((branch.tail.slot, len(branch.tokens)) for branch in going), strict=True))
+        seen = min(-(-int(lengths.max()) // KEYS_AT_ONCE) * KEYS_AT_ONCE, room)
+        mask = torch.zeros(len(going), 1, 1, seen)
+        mask[slots] = mask.masked_fill(torch.arange(seen) >= lengths[:, None, None, None], float("-inf"))
+        self._mask = mask.expand(-1, kv, 1, seen).flatten(0, 1).to(self._keys[0])
+        self._slots, self._ends = slots.to(device), (lengths - 1).to(device)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> _Part:
         """Attention of the step's tokens over those of their branches.

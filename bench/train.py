@@ -2,9 +2,9 @@
 
 Both train the same adapter (rank, layers, NF4 base, fp32) on the same conversations from the same seed. Ours is stages.qlora_train
 as it runs, with the pass through the layers below the adapter. TRL's pads, computes all logits and unpacks NF4 at every
-use; it does not recompute activations, which its default would. Tokens are those of the conversations, each once,
-whoever computes them how often. Repeats in the table are left out on both sides: how many more tokens they would make
-TRL read is `repeats`.
+use; it does not recompute activations, which its default would, and whichever library torch takes by itself computes its
+products. Tokens are those of the conversations, each once, whoever computes them how often. Repeats in the table are left
+out on both sides: how many more tokens they would make TRL read is `repeats`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import random
 import statistics
 import tempfile
 import time
-from contextlib import chdir, nullcontext
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,19 @@ def our_round(model: Any, setting: Setting, batches: list[list[Example]], folder
     return frozen + seconds, loss
 
 
+@contextmanager
+def torchs_own_products() -> Iterator[None]:
+    """Let torch choose who computes float32 products, as it does unless told otherwise, for the time of a `with` block."""
+    import torch
+
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  (mypy does not know it)
+    before, matmul.fp32_precision = matmul.fp32_precision, "none"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def trl_round(model: Any, setting: Setting, conversations: list[Encoded], folder: Path) -> tuple[float, float]:
     """One pass over conversations with TRL's trainer: seconds, and the mean loss."""
     from datasets import Dataset
@@ -135,11 +149,12 @@ def trl_round(model: Any, setting: Setting, conversations: list[Encoded], folder
     for parameter in model.parameters():
         if parameter.requires_grad:  # TRL turns the adapter of a packed model to bfloat16; ours is float32
             parameter.data = parameter.data.float()
-    return timed(trainer)
+    with torchs_own_products():
+        return timed(trainer)
 
 
 def matmul_rate(repeats: int = 5) -> float:
-    """GFLOP a second of a large fp32 matrix product, the median of a few."""
+    """GFLOP a second of a large fp32 matrix product, by the library that ours computes with, the median of a few."""
     import torch
 
     left, right = torch.randn(MATMUL, MATMUL), torch.randn(MATMUL, MATMUL)
