@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from agent.student import attention, backbone
@@ -57,21 +58,25 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
     """Causal attention of the last R of S tokens, (1, heads, R, D); keys and values are (1, KV, S, D).
 
     A block of queries at a time, over the keys that its last one sees: plain products, which oneDNN computes at more than twice the
-    rate of torch's fused attention on a CPU, and nothing but half of a block on the diagonal is computed in vain. What a block
-    weighs its values by is kept for the backward pass, 4 bytes a head and pair of tokens.
+    rate of torch's fused attention on a CPU, and nothing but half of a block on the diagonal is computed in vain. The backward pass
+    computes a block's weights again: kept, they would take 4 bytes a head and pair of tokens in every layer.
     """
     kv, size, rows = key.shape[1], key.shape[2], query.shape[2]
     grouped = (query[0] * scale).unflatten(0, (kv, -1))
     keys, values = key[0].transpose(1, 2), value[0]
     later = query.new_full((BLOCK, BLOCK), float("-inf")).triu_(1)
-    outs = []
-    for start in range(0, rows, BLOCK):
-        block = grouped[:, :, start:start + BLOCK]
-        heads, length = block.shape[1:3]
-        seen = size - rows + start + length
+
+    def block(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        (heads, length), seen = queries.shape[1:3], keys.shape[2]
         mask = torch.nn.functional.pad(later[:length, :length], (seen - length, 0)).repeat(heads, 1)
-        scores = torch.baddbmm(mask, block.flatten(1, 2), keys[:, :, :seen])
-        outs.append((scores.softmax(dim=-1) @ values[:, :seen]).unflatten(1, (heads, length)))
+        scores = torch.baddbmm(mask, queries.flatten(1, 2), keys)
+        return (scores.softmax(dim=-1) @ values).unflatten(1, (heads, length))
+
+    outs: list[torch.Tensor] = []
+    for queries in grouped.split(BLOCK, dim=2):
+        seen = size - rows + sum(out.shape[2] for out in outs) + queries.shape[2]
+        inputs = queries, keys[:, :, :seen], values[:, :seen]
+        outs.append(checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else block(*inputs))
     return torch.cat(outs, dim=2).flatten(0, 1)[None]
 
 

@@ -24,6 +24,8 @@ from schemas.errors import InputError
 os.environ.setdefault("TRANSFORMERS_SDPA_FORCE_GQA", "1")
 # Read by oneDNN at its first product. Without Intel's matrix extension it has no float32 product that rounds to bfloat16: see `_products_by_onednn`.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+# A kernel is made for every shape and kept: more than a step has are of no use again, for every batch has a length of its own.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 WEIGHTS = CACHE / "weights"
 """Converted weights; made once, never an output of the pipeline."""
 
