@@ -6,7 +6,7 @@ common beginning, a company's system prompt, stands in the line once and every c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,13 +47,6 @@ def entering(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
 
 
-def _parts(cut: int, lengths: Sequence[int]) -> Iterator[slice]:
-    """Where each sequence stands in the line."""
-    for length in lengths:
-        yield slice(cut, cut + length)
-        cut += length
-
-
 def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention of the last R of S tokens, (1, heads, R, D); keys and values are (1, KV, S, D).
 
@@ -73,9 +66,9 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scal
         return (scores.softmax(dim=-1) @ values).unflatten(1, (heads, length))
 
     outs: list[torch.Tensor] = []
-    for queries in grouped.split(BLOCK, dim=2):
-        seen = size - rows + sum(out.shape[2] for out in outs) + queries.shape[2]
-        inputs = queries, keys[:, :, :seen], values[:, :seen]
+    for start in range(0, rows, BLOCK):
+        seen = size - rows + min(start + BLOCK, rows)
+        inputs = grouped[:, :, start:start + BLOCK], keys[:, :, :seen], values[:, :seen]
         outs.append(checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else block(*inputs))
     return torch.cat(outs, dim=2).flatten(0, 1)[None]
 
