@@ -29,7 +29,7 @@ SECTIONS = {
     "report": "evaluate", "eval_judge": "judge"}
 """Which of the minutes a stage's are."""
 _LINE = re.compile(r"(?P<seconds>\d+(?:\.\d+)?)\s(?P<text>.*)")
-_STAGE = re.compile(r"Running stage '(?P<name>\w+)':")
+_STAGE = re.compile(r"(?:Running s|S)tage '(?P<name>\w+)'(?::| didn't change)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,9 @@ def measure(options: argparse.Namespace) -> ReproPart:
     log = options.log or run_in_clone()
     if not log.is_file():
         raise InputError(f"{log} does not exist", "python -m bench repro --run makes one")
-    stages, total = read_log(log.read_text(encoding="utf-8", errors="replace").splitlines(), log)
+    # Progress bars write over their line, which ends where they do, not at every carriage return.
+    with log.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        stages, total = read_log(lines, log)
     sections = dict.fromkeys(Minutes.model_fields, 0.0)
     for name, seconds in stages.items():
         sections[SECTIONS.get(name, "install")] += seconds / 60
@@ -60,7 +62,7 @@ def read_log(lines: Iterable[str], log: Path) -> tuple[dict[str, float], float]:
     """Seconds of every stage, of `install` before the first, and in all. What lies between two stages is the earlier one's.
 
     Raises:
-        InputError: a line has no time, a stage is unknown, or not every stage ran.
+        InputError: a line has no time, a stage is unknown, or not every stage ran, or is what git has.
     """
     stages: dict[str, float] = defaultdict(float)
     now, first, before = "install", None, 0.0
