@@ -111,7 +111,8 @@ class Responses:
         import diskcache
 
         with self._database():
-            return diskcache.Cache(str(self.folder), disk=diskcache.JSONDisk, eviction_policy="none")
+            # By default it would keep up to 96 MB of the database in memory, as it grows; the system's own cache of files serves as well.
+            return diskcache.Cache(str(self.folder), disk=diskcache.JSONDisk, eviction_policy="none", sqlite_mmap_size=0, sqlite_cache_size=2**9)
 
     @contextmanager
     def _database(self) -> Iterator[None]:
