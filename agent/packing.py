@@ -17,6 +17,8 @@ from agent.student import attention, backbone
 
 BLOCK = 128
 """Queries that attend at once."""
+BLOCKS_PAY = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether products are oneDNN's here; where they are MKL's, torch's fused attention is faster than ours."""
 CAUSAL = "handoff_causal"
 """The name under which a model attends by `causal`, as `agent.student.attention` takes it."""
 
@@ -94,8 +96,8 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     Returns:
         (1, heads, R, D).
     """
-    plain = query.device.type == "cpu" and query.dtype == torch.float32
-    return (_in_blocks if plain else _fused)(query, key, value, scale)
+    in_blocks = BLOCKS_PAY and query.device.type == "cpu" and query.dtype == torch.float32
+    return (_in_blocks if in_blocks else _fused)(query, key, value, scale)
 
 
 def _scale(query: torch.Tensor, scaling: float | None) -> float:
