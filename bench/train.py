@@ -125,12 +125,12 @@ def torchs_own_products() -> Iterator[None]:
     """Let torch choose who computes float32 products, as it does unless told otherwise, for the time of a `with` block."""
     import torch
 
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  (mypy does not know it)
-    before, matmul.fp32_precision = matmul.fp32_precision, "none"
+    mkldnn: Any = torch.backends.mkldnn
+    before, mkldnn.matmul.fp32_precision = mkldnn.matmul.fp32_precision, "none"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        mkldnn.matmul.fp32_precision = before
 
 
 def trl_round(model: Any, setting: Setting, conversations: list[Encoded], folder: Path) -> tuple[float, float]:

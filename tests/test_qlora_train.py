@@ -20,7 +20,7 @@ from transformers import TrainerState
 from agent.layer_states import LayerStates
 from agent.merged_lora import merged_lora
 from agent.packing import BLOCK, _fused, _in_blocks, read_packed
-from agent.student import attention, backbone, load_base, only_layers
+from agent.student import attention, load_base, only_layers
 from schemas.errors import InputError
 from schemas.tables import Oversampled
 from stages._batches import Collator, Example, count_copies, make_batches
@@ -153,19 +153,19 @@ def test_a_model_made_of_some_layers_is_whole_again_afterwards(model):
     ids = ids_of(encode("handoff")[0])
 
     def read(states):
-        return read_packed(model, states[:, :5], states[:, 5:], [states.shape[1] - 5])
+        return read_packed(model, states[:, :0], states, [states.shape[1]])
 
     with torch.no_grad():
         before = read(ids)
         with pytest.raises(ZeroDivisionError), only_layers(model, 26, 30), attention(model, "eager"):
             raise ZeroDivisionError
         with only_layers(model, 0, 26):
-            states = backbone(model)(input_ids=ids).last_hidden_state
+            states = read(ids)[None]
         with only_layers(model, 26, 30):
             parted = read(states)
         after = read(ids)
     assert torch.equal(before, after)
-    assert torch.allclose(before, parted, atol=1e-3)
+    assert torch.allclose(before, parted, atol=1e-4)
 
 
 def test_an_adapter_added_to_the_weights_gives_the_gradient_of_one_beside_them(model):
