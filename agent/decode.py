@@ -1,10 +1,11 @@
 """Greedy decoding of every agent turn of many conversations, each conversation read and stored once.
 
 The conversation's keys and values up to a turn are exactly what the agent is prompted with there. So all turns of a
-conversation are decoded side by side, as branches of one tree: a step feeds the model one token of every branch that
-still runs, whatever conversation it belongs to. A turn that is decoded in several ways is one branch until they pick different
-tokens. A branch attends to three parts, each with all those that share it in one product (Juravsky et al. 2024, "Hydragen"): what
-its conversation begins with, a company's system prompt, kept once; its conversation up to its turn; and its own tokens.
+conversation are decoded side by side, as branches of one tree: a step feeds the model the last token of every branch that
+still runs, whatever conversation it belongs to, and what is guessed to follow it (`agent.drafts`), which stands as far as the
+model picks the same. A turn that is decoded in several ways is one branch until they pick different tokens. A branch attends to
+three parts, each with all those that share it in one product (Juravsky et al. 2024, "Hydragen"): what its conversation begins
+with, a company's system prompt, kept once; its conversation up to its turn; and its own tokens.
 When all branches of a conversation have ended, the next conversation takes its place (continuous batching; Yu et al. 2022, "Orca").
 """
 
@@ -17,8 +18,10 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
+from agent.drafts import CONTEXT, MOST, Drafts
 from agent.encode import Encoded
 from agent.prefill import Prefill
 from agent.student import attention, entering_layer
@@ -27,8 +30,10 @@ from schemas.action import ActionName
 ACTION_OPENING = '"action": "'
 SLOTS_AT_ONCE = 16
 """By how many slots for branches their keys and values grow."""
+ROWS_AT_ONCE = 16
 KEYS_AT_ONCE = 32
-"""A step looks at a multiple of so many tokens of a branch, the last ones hidden: oneDNN makes a kernel for every size that it meets."""
+"""Queries attend by multiples of so many to multiples of so many keys, the last ones in vain: oneDNN makes a kernel for every size that
+it meets, which takes ten times as long as such a product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +111,30 @@ class _Branch:
     choices: dict[int, Choice]
     """By way."""
     tail: _Tail
+    before: tuple[int, ...]
+    """The last tokens of its prompt, for drafts."""
     tokens: tuple[int, ...] = ()
+    draft: tuple[int, ...] = ()
+    """What may follow."""
     other: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many tokens a step feeds the model."""
+        return 1 + len(self.draft)
 
 
 _Layer = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer: (KV, D, S), as a product with queries takes them, and (KV, S, D)."""
-_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Attention over some of the keys: values summed by weights that are not normalised, (KV, R, D); the weights' sum and the score whose weight is 1."""
+_Part = tuple[torch.Tensor, torch.Tensor]
+"""Attention over some of the keys, (KV, R, D), and the logarithm of the sum of their scores' exponentials, (KV, R, 1)."""
 
 
-def _keys_and_values(read: Any, tokens: slice) -> _Layer:
-    """Some tokens of a layer of a cache."""
-    return read.keys[0, :, tokens].transpose(1, 2).contiguous(), read.values[0, :, tokens].contiguous()
+def _keys_and_values(read: Any, tokens: slice, to: int = 1) -> _Layer:
+    """Some tokens of a layer of a cache, and zeros up to a multiple."""
+    keys, values = read.keys[0, :, tokens], read.values[0, :, tokens]
+    more = -keys.shape[1] % to
+    return pad(keys.transpose(1, 2), (0, more)).contiguous(), pad(values, (0, 0, 0, more)).contiguous()
 
 
 def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> _Part:
@@ -126,18 +142,27 @@ def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask:
 
     Plain products: for the few rows of a step they take less time than torch's fused attention. The softmax is taken in float32.
     """
-    scores = (query @ keys if mask is None else torch.baddbmm(mask, query, keys)).float()
+    scores = (query @ keys).float()
+    if mask is not None:
+        scores += mask
     top = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(top).exp_()
-    return weights.to(values.dtype) @ values, weights.sum(dim=-1, keepdim=True), top
+    weights = torch.softmax(scores, dim=-1, out=scores)
+    # The greatest weight is that of the top score: 1 / sum(exp(score - top)). torch.exp takes longer than a whole softmax.
+    return weights.to(values.dtype) @ values, top - weights.amax(dim=-1, keepdim=True).log()
+
+
+def _attend_by_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> _Part:
+    """`_attend` for any number of queries, and a mask for the next multiple of ROWS_AT_ONCE."""
+    rows = query.shape[1]
+    out, total = _attend(pad(query, (0, 0, 0, -rows % ROWS_AT_ONCE)), keys, values, mask)
+    return out[:, :rows], total[:, :rows]
 
 
 def _joined(*sides: Sequence[_Part]) -> torch.Tensor:
     """Attention over the keys of all sides, (KV, R, D), each side in parts of the rows (online softmax; Milakov and Gimelshein 2018)."""
     whole = [[torch.cat(each, dim=1) for each in zip(*side, strict=True)] for side in sides]
-    values, sums, tops = (torch.stack(each) for each in zip(*whole, strict=True))
-    weights = (tops - tops.amax(dim=0)).exp_()
-    return (values * weights).sum(dim=0) / (sums * weights).sum(dim=0)
+    values, sums = (torch.stack(each) for each in zip(*whole, strict=True))
+    return (values * sums.softmax(dim=0)).sum(dim=0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,19 +188,24 @@ class _Tree:
         self.number, self.prefix, self.going = number, prefix, branches
         self.replies: dict[tuple[int, int], Reply] = {}
         """By way and turn, as they end."""
-        self._read = read.get_seq_length() - prefix.tokens
-        self._layers = [_keys_and_values(layer, slice(prefix.tokens, None)) for layer in read.layers]
+        self._layers = [_keys_and_values(layer, slice(prefix.tokens, None), KEYS_AT_ONCE) for layer in read.layers]
         self._mask = torch.empty(0)
+
+    @property
+    def rows(self) -> int:
+        """How many tokens a step feeds the model."""
+        return sum(branch.rows for branch in self.going)
 
     def begin_step(self, heads: int) -> None:
         """Hide from every branch what comes after its prompt; `heads` queries share a head of keys."""
-        after = torch.arange(self._read) >= torch.tensor([branch.start - self.prefix.tokens for branch in self.going])[:, None]
+        starts = torch.tensor([branch.start - self.prefix.tokens for branch in self.going for _ in range(branch.rows)])
+        after = torch.arange(self._layers[0][0].shape[-1]) >= starts[:, None]
         mask = torch.zeros(after.shape).masked_fill_(after, float("-inf")).repeat_interleave(heads, dim=0)
-        self._mask = mask.to(self._layers[0][1])
+        self._mask = pad(mask, (0, 0, 0, -len(mask) % ROWS_AT_ONCE)).to(self._layers[0][1])
 
     def attend(self, query: torch.Tensor, layer: int) -> _Part:
         """Attention of the step's tokens over the conversation behind its prefix, up to their turns; queries as `_attend` takes them."""
-        return _attend(query, *self._layers[layer], self._mask)
+        return _attend_by_rows(query, *self._layers[layer], self._mask)
 
 
 class _Tails:
@@ -192,7 +222,7 @@ class _Tails:
         self._held: list[_Tail] = []
         self._keys = [like.keys.new_zeros(0, kv, size, room) for _ in range(layers)]
         self._values = [like.values.new_zeros(0, kv, room, size) for _ in range(layers)]
-        self._slots = self._ends = self._mask = torch.empty(0)
+        self._slots = self._places = self._ends = self._mask = torch.empty(0)
 
     def new(self) -> _Tail:
         """A slot for a branch without tokens."""
@@ -200,7 +230,7 @@ class _Tails:
         self._held.append(tail)
         if len(self._held) > len(self._keys[0]):
             for states in (self._keys, self._values):
-                states[:] = [torch.nn.functional.pad(each, (0, 0) * 3 + (0, SLOTS_AT_ONCE)) for each in states]
+                states[:] = [pad(each, (0, 0) * 3 + (0, SLOTS_AT_ONCE)) for each in states]
         return tail
 
     def copy(self, tail: _Tail) -> _Tail:
@@ -220,15 +250,17 @@ class _Tails:
         for states in (*self._keys, *self._values):
             states[new] = states[old]
 
-    def begin_step(self, going: Sequence[_Branch]) -> None:
-        """Make room for one more token of every branch, in the order in which the tokens come."""
+    def begin_step(self, going: Sequence[_Branch], heads: int) -> None:
+        """Make room for the step's tokens of every branch, in the order in which they come; `heads` queries share a head of keys."""
         kv, room, device = self._keys[0].shape[1], self._keys[0].shape[3], self._keys[0].device
-        slots, lengths = (torch.tensor(each) for each in zip(*((branch.tail.slot, len(branch.tokens)) for branch in going), strict=True))
-        seen = min(-(-int(lengths.max()) // KEYS_AT_ONCE) * KEYS_AT_ONCE, room)
-        mask = torch.zeros(len(going), 1, 1, seen)
-        mask[slots] = mask.masked_fill(torch.arange(seen) >= lengths[:, None, None, None], float("-inf"))
-        self._mask = mask.expand(-1, kv, 1, seen).flatten(0, 1).to(self._keys[0])
-        self._slots, self._ends = slots.to(device), (lengths - 1).to(device)
+        rows = [(branch.tail.slot, place, len(branch.tokens) + place) for branch in going for place in range(branch.rows)]
+        slots, places, lengths = (torch.tensor(each) for each in zip(*rows, strict=True))
+        longest = int(lengths.max())
+        seen = min(longest + -longest % KEYS_AT_ONCE, room)
+        mask = torch.zeros(len(self._keys[0]), 1, 1 + MOST, 1, seen)
+        mask[slots, :, places] = mask[slots, :, places].masked_fill(torch.arange(seen) >= lengths[:, None, None, None], float("-inf"))
+        self._mask = mask.expand(-1, kv, -1, heads, -1).flatten(0, 1).flatten(1, 2).to(self._keys[0])
+        self._slots, self._places, self._ends = slots.to(device), places.to(device), (lengths - 1).to(device)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> _Part:
         """Attention of the step's tokens over those of their branches.
@@ -242,13 +274,17 @@ class _Tails:
         keys, values = self._keys[layer], self._values[layer]
         keys[self._slots, :, :, self._ends] = key.transpose(0, 1)
         values[self._slots, :, self._ends] = value.transpose(0, 1)
-        kv, going, seen = len(query), len(self._slots), self._mask.shape[-1]
-        by_branch = query.unflatten(1, (going, -1)).transpose(0, 1)
-        by_slot = torch.empty_like(by_branch, memory_format=torch.contiguous_format)
-        by_slot[self._slots] = by_branch
-        found = _attend(by_slot.flatten(0, 1), keys[:going].flatten(0, 1)[:, :, :seen], values[:going].flatten(0, 1)[:, :seen], self._mask)
-        out, total, top = (each.unflatten(0, (going, kv))[self._slots].transpose(0, 1).flatten(1, 2) for each in found)
-        return out, total, top
+        kv, seen = len(query), self._mask.shape[-1]
+        by_token = query.unflatten(1, (len(self._slots), -1)).transpose(0, 1)
+        heads = by_token.shape[2]
+        # Every slot has room for a whole draft: what nobody asked for is not read.
+        by_slot = query.new_zeros(len(keys), kv, 1 + MOST, heads, query.shape[-1])
+        by_slot[self._slots, :, self._places] = by_token
+        by_slot = by_slot.flatten(0, 1).flatten(1, 2)
+        found = _attend(by_slot, keys.flatten(0, 1)[:, :, :seen], values.flatten(0, 1)[:, :seen], self._mask)
+        out, total = (each.unflatten(1, (-1, heads)).unflatten(0, (-1, kv))[self._slots, :, self._places].transpose(0, 1).flatten(1, 2)
+                      for each in found)
+        return out, total
 
 
 def _tree_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
@@ -262,11 +298,11 @@ def _tree_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: 
     heads = query.shape[1] // kv
     # Rows by token, then by head, so that a tree's are neighbours.
     rows = query[0].unflatten(0, (kv, heads)).transpose(1, 2).reshape(kv, -1, size) * (size ** -0.5 if scaling is None else scaling)
-    counts = [len(tree.going) for tree in trees]
+    counts = [tree.rows for tree in trees]
     own = [tree.attend(states, layer) for tree, states in zip(trees, rows.split([count * heads for count in counts], dim=1), strict=True)]
-    prefixes = [(prefix, sum(len(tree.going) for tree in alike)) for prefix, alike in groupby(trees, key=lambda tree: tree.prefix)]
+    prefixes = [(prefix, sum(tree.rows for tree in alike)) for prefix, alike in groupby(trees, key=lambda tree: tree.prefix)]
     of_prefixes = rows.split([count * heads for _, count in prefixes], dim=1)
-    shared = [_attend(states, *prefix.layers[layer]) for (prefix, _), states in zip(prefixes, of_prefixes, strict=True)]
+    shared = [_attend_by_rows(states, *prefix.layers[layer]) for (prefix, _), states in zip(prefixes, of_prefixes, strict=True)]
     tokens = tails.attend(rows, key[0], value[0], layer)
     return _joined(own, shared, [tokens]).to(query.dtype).unflatten(1, (-1, heads)).transpose(0, 1).reshape(1, query.shape[2], -1, size), None
 
@@ -322,6 +358,7 @@ class TurnDecoder:
         self.states: dict[int, torch.Tensor] = {}
         self._prefill = Prefill(model)
         self._prefixes: dict[tuple[int, ...], _Prefix] = {}
+        self._drafts = Drafts()
         self._ends = frozenset(tokenizer.all_special_ids)
         # The first token of every name but `escalate`: what its encoding has beyond the opening alone.
         opening = tokenizer(ACTION_OPENING, add_special_tokens=False).input_ids
@@ -352,7 +389,9 @@ class TurnDecoder:
                 number = waiting.pop()
                 states, cache = self._read(number, conversations[number])
                 tails = tails or _Tails(self.max_new_tokens, cache.layers[0], len(cache.layers))
-                branches = [_Branch(turn, start, {at: way() for at, way in enumerate(ways)}, tails.new())
+                ids = conversations[number].prompts().ids
+                self._drafts.learn(ids)
+                branches = [_Branch(turn, start, {at: way() for at, way in enumerate(ways)}, tails.new(), tuple(ids[start - CONTEXT:start]))
                             for turn, (start, _) in enumerate(conversations[number].spans)]
                 tree = _Tree(number, self._prefix(conversations[number], cache), cache, branches)
                 self._grow(tree, tails, iter(self.model.get_output_embeddings()(states).float().cpu()))
@@ -382,8 +421,22 @@ class TurnDecoder:
         return self._prefixes[ids]
 
     def _grow(self, tree: _Tree, tails: _Tails, logits: Iterator[torch.Tensor]) -> None:
-        """Give every branch of a tree its next token; it parts where its ways do, and ends where they end."""
-        tree.going = [grown for branch in tree.going for grown in self._grown(tree, tails, branch, next(logits))]
+        """Give every branch of a tree its next tokens; it parts where its ways do, and ends where they end."""
+        tree.going = [replace(grown, draft=self._draft(grown, right))
+                      for branch in tree.going for grown, right in self._checked(tree, tails, branch, logits)]
+
+    def _draft(self, branch: _Branch, right: int) -> tuple[int, ...]:
+        """What may follow a branch, of whose last draft so many tokens were right; never beyond the last token that it may have."""
+        return self._drafts.guess((*branch.before, *branch.tokens), min(MOST, right + 1, self.max_new_tokens - len(branch.tokens) - 1))
+
+    def _checked(self, tree: _Tree, tails: _Tails, branch: _Branch, logits: Iterator[torch.Tensor]) -> list[tuple[_Branch, int]]:
+        """What goes on from a branch and its draft, as far as that is right, and how far it was; logits of what comes behind each token."""
+        right, read = 0, [next(logits) for _ in range(branch.rows)]
+        grown = self._grown(tree, tails, branch, read[0])
+        while right < len(branch.draft) and [each.tokens[-1] for each in grown] == [branch.draft[right]]:
+            right += 1
+            grown = self._grown(tree, tails, grown[0], read[right])
+        return [(each, right) for each in grown]
 
     def _grown(self, tree: _Tree, tails: _Tails, branch: _Branch, logits: torch.Tensor) -> list[_Branch]:
         """What goes on from a branch."""
@@ -394,6 +447,7 @@ class TurnDecoder:
             picked.setdefault(choice.next_token(logits), {})[way] = choice
         parted: list[_Branch] = []
         for token, choices in picked.items():
+            self._drafts.learn((*branch.before, *branch.tokens, token)[-CONTEXT - 1:])
             tokens = branch.tokens if token in self._ends else (*branch.tokens, token)
             ended = token in self._ends or len(tokens) == self.max_new_tokens
             going = {way: choice for way, choice in choices.items() if not (ended or choice.hopeless(tokens))}
@@ -407,13 +461,18 @@ class TurnDecoder:
         return parted
 
     def _step(self, trees: list[_Tree], tails: _Tails) -> torch.Tensor:
-        """Feed the last token of every branch that goes on: the logits of what comes next, (N, V), where the tokens are chosen: on the CPU."""
+        """Feed the last token of every branch that goes on, and its draft.
+
+        Returns:
+            for each of these tokens the logits of what comes next, (N, V), where the tokens are chosen: on the CPU.
+        """
         config, device = self.model.config.get_text_config(), self.model.device
+        heads = config.num_attention_heads // config.num_key_value_heads
         for tree in trees:
-            tree.begin_step(config.num_attention_heads // config.num_key_value_heads)
+            tree.begin_step(heads)
         going = [branch for tree in trees for branch in tree.going]
-        tails.begin_step(going)
-        last = torch.tensor([[branch.tokens[-1] for branch in going]], device=device)
-        positions = torch.tensor([[branch.start + len(branch.tokens) - 1 for branch in going]], device=device)
+        tails.begin_step(going, heads)
+        last = torch.tensor([[token for branch in going for token in (branch.tokens[-1], *branch.draft)]], device=device)
+        positions = torch.tensor([[branch.start + len(branch.tokens) - 1 + place for branch in going for place in range(branch.rows)]], device=device)
         with attention(self.model, "handoff_trees"):
             return self.model(input_ids=last, position_ids=positions, use_cache=False, trees=trees, tails=tails).logits[0].float().cpu()

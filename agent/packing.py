@@ -6,11 +6,10 @@ common beginning, a company's system prompt, stands in the line once and every c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from agent.student import attention, backbone
@@ -49,30 +48,74 @@ def entering(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
 
 
-def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of the last R of S tokens, (1, heads, R, D); keys and values are (1, KV, S, D).
+class _InBlocks(torch.autograd.Function):
+    """Causal attention of the last R of S tokens, for scaled queries (KV, R x G, D), G neighbours to a token; keys and values (KV, S, D).
 
     A block of queries at a time, over the keys that its last one sees: plain products, which oneDNN computes at more than twice the
-    rate of torch's fused attention on a CPU, and nothing but half of a block on the diagonal is computed in vain. The backward pass
-    computes a block's weights again: kept, they would take 4 bytes a head and pair of tokens in every layer.
+    rate of torch's fused attention on a CPU, and nothing but half of a block on the diagonal is computed in vain. The weights of
+    every block lie in the same memory: kept, they would take 4 bytes a head and pair of tokens in every layer. So the backward pass
+    computes them again (Dao et al. 2022, "FlashAttention"), but with a whole softmax, since all of a block's keys are there.
     """
-    kv, size, rows = key.shape[1], key.shape[2], query.shape[2]
-    grouped = (query[0] * scale).unflatten(0, (kv, -1))
-    keys, values = key[0].transpose(1, 2), value[0]
-    later = query.new_full((BLOCK, BLOCK), float("-inf")).triu_(1)
 
-    def block(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        (heads, length), seen = queries.shape[1:3], keys.shape[2]
-        mask = torch.nn.functional.pad(later[:length, :length], (seen - length, 0)).repeat(heads, 1)
-        scores = torch.baddbmm(mask, queries.flatten(1, 2), keys)
-        return (scores.softmax(dim=-1) @ values).unflatten(1, (heads, length))
+    @staticmethod
+    def forward(ctx: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: int) -> torch.Tensor:
+        ctx.save_for_backward(queries, keys, values)
+        ctx.group = group
+        weigh, outs = _Weights(queries, keys, group), torch.empty_like(queries)
+        for block, seen in weigh.blocks():
+            outs[:, block] = weigh(queries[:, block], seen) @ values[:, :seen]
+        return outs
 
-    outs: list[torch.Tensor] = []
-    for start in range(0, rows, BLOCK):
-        seen = size - rows + min(start + BLOCK, rows)
-        inputs = grouped[:, :, start:start + BLOCK], keys[:, :, :seen], values[:, :seen]
-        outs.append(checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else block(*inputs))
-    return torch.cat(outs, dim=2).flatten(0, 1)[None]
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+        queries, keys, values = ctx.saved_tensors
+        weigh, by_value = _Weights(queries, keys, ctx.group), values.transpose(1, 2).contiguous()
+        of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        room = weigh.room()
+        for block, seen in weigh.blocks():
+            query, grad = queries[:, block], grads[0][:, block]
+            weights = weigh(query, seen)
+            of_values[:, :seen] += weights.transpose(1, 2) @ grad
+            scores = torch.bmm(grad, by_value[:, :, :seen], out=room[:weights.numel()].view_as(weights))
+            torch.ops.aten._softmax_backward_data.out(scores, weights, -1, scores.dtype, grad_input=scores)
+            of_queries[:, block] = scores @ keys[:, :seen]
+            of_keys[:, :seen] += scores.transpose(1, 2) @ query
+        return of_queries, of_keys, of_values, None
+
+
+class _Weights:
+    """The weights of a block of queries at a time, as `_InBlocks` takes queries and keys; every block's in the same memory."""
+
+    def __init__(self, queries: torch.Tensor, keys: torch.Tensor, group: int) -> None:
+        self._group, self._tokens, self._keys = group, queries.shape[1] // group, keys.transpose(1, 2).contiguous()
+        self._later = queries.new_full((BLOCK, BLOCK), float("-inf")).triu_(1).repeat_interleave(group, dim=0)
+        self._room = self.room()
+
+    def room(self) -> torch.Tensor:
+        """Memory for the weights of any block."""
+        kv, _, size = self._keys.shape
+        return self._keys.new_empty(kv * self._group * min(BLOCK, self._tokens) * size)
+
+    def blocks(self) -> Iterator[tuple[slice, int]]:
+        """Every block's queries, and how many keys they are weighed over."""
+        for start in range(0, self._tokens, BLOCK):
+            end = min(start + BLOCK, self._tokens)
+            yield slice(start * self._group, end * self._group), self._keys.shape[2] - self._tokens + end
+
+    def __call__(self, queries: torch.Tensor, seen: int) -> torch.Tensor:
+        """Weights of a block's queries, (KV, N, D), over its keys: (KV, N, seen), until the next block's are asked for."""
+        kv, count, _ = queries.shape
+        scores = torch.bmm(queries, self._keys[:, :, :seen], out=self._room[:kv * count * seen].view(kv, count, seen))
+        scores[:, :, -(count // self._group):] += self._later[:count, :count // self._group]
+        return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """`causal` by `_InBlocks`."""
+    kv, tokens = key.shape[1], query.shape[2]
+    queries = (query[0] * scale).unflatten(0, (kv, -1)).transpose(1, 2)
+    outs: torch.Tensor = _InBlocks.apply(queries.flatten(1, 2), key[0], value[0], queries.shape[2])
+    return outs.unflatten(1, (tokens, -1)).transpose(1, 2).flatten(0, 1)[None]
 
 
 def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:

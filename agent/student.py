@@ -158,7 +158,7 @@ def load_base(params: StudentParams) -> Any:
 
 
 def _products_by_onednn() -> None:
-    """Let oneDNN compute float32 products on a CPU with AVX-512, instead of MKL, which leaves that unused on an AMD.
+    """Let oneDNN compute float32 products on a CPU with AVX-512, instead of MKL, which takes twice as long on an AMD.
 
     In full float32: torch hands products to oneDNN only if told that bfloat16 is precise enough, and with the instructions that
     ONEDNN_MAX_CPU_ISA leaves it, oneDNN makes no use of that.

@@ -105,7 +105,8 @@ def adapted(layers: int, first: int) -> str:
 def head_loss(head: Any, hidden: torch.Tensor, targets: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of targets, weighed and summed, a few tokens at a time: never all logits at once.
 
-    The gradient is taken along the way, as a frozen head allows (Hsu et al. 2024, "Liger Kernel").
+    The gradient is taken along the way, as a frozen head allows (Hsu et al. 2024, "Liger Kernel"): logits become probabilities, and
+    those the gradient, in the same memory.
 
     Args:
         head: the language-model head, a frozen linear layer.
@@ -119,13 +120,14 @@ def head_loss(head: Any, hidden: torch.Tensor, targets: torch.Tensor, times: tor
         @staticmethod
         def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
             total, grads = hidden.new_zeros((), dtype=torch.float32), []
-            for read, wanted, weight in zip(*(each.split(LOGITS_AT_ONCE) for each in (hidden, targets, times)), strict=True):
-                with torch.enable_grad():
-                    read = read.detach().requires_grad_()
-                    logits = torch.nn.functional.linear(read, head.weight, head.bias)
-                    loss = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none") @ weight.float()
-                grads += torch.autograd.grad(loss, read)
-                total += loss.detach()
+            for read, wanted, weight in zip(*(each.split(LOGITS_AT_ONCE) for each in (hidden, targets[:, None], times[:, None])), strict=True):
+                logits = torch.nn.functional.linear(read, head.weight, head.bias).float()
+                top, of_wanted = logits.amax(dim=-1, keepdim=True), logits.gather(1, wanted)
+                odds = torch.softmax(logits, dim=-1, out=logits)
+                # The greatest probability is 1 / sum(exp(logit - top)).
+                total += ((top - odds.amax(dim=-1, keepdim=True).log() - of_wanted) * weight).sum()
+                odds.scatter_add_(1, wanted, torch.full_like(of_wanted, -1.0)).mul_(weight)
+                grads.append(odds.to(head.weight.dtype) @ head.weight)
             ctx.save_for_backward(torch.cat(grads))
             return total
 

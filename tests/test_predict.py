@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from agent.decode import Choice, SchemaChoice, TurnDecoder, _attend, _joined
+from agent.drafts import CONTEXT, Drafts
 from agent.prefill import Prefill
 from schemas.action import ActionError, ActionName, action_json_schema, parse_action
 from schemas.errors import InputError
@@ -107,6 +108,45 @@ def test_ways_that_agree_are_computed_once(monkeypatch):
     fed.clear()
     decode(patient, lambda: Parting({NEW - 4: 1}))
     assert rows < sum(fed) <= rows + 4 * len(turns()), "and apart from where they part"
+
+
+def test_what_follows_the_same_few_tokens_is_guessed():
+    drafts = Drafts()
+    drafts.learn([*range(CONTEXT), 50, 51, 52])
+    assert drafts.guess([9, *range(CONTEXT)], 2) == (50, 51)
+    assert drafts.guess(range(CONTEXT), 9) == (50, 51, 52), "as far as anything is known"
+    assert drafts.guess(range(CONTEXT), 0) == drafts.guess(range(1, CONTEXT + 1), 9) == drafts.guess([0], 9) == ()
+    drafts.learn([*range(CONTEXT), 60])
+    assert drafts.guess(range(CONTEXT), 9) == (60,), "what came last"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_drafts_change_no_text_only_how_many_steps_it_takes(decoded, right, monkeypatch):
+    """All right for the first of ways that part, or all wrong."""
+    fed, step = [], TurnDecoder._step
+
+    def counted(self, trees, tails):
+        fed.append(max(len(branch.tokens) + len(branch.draft) for tree in trees for branch in tree.going))
+        return step(self, trees, tails)
+
+    def guess(self, ids, most):
+        said = list(ids[CONTEXT:])
+        if not right:
+            return tuple(range(100, 100 + most))
+        return next((tuple(text[len(said):][:most]) for text in texts if text[:len(said)] == said), ())
+
+    monkeypatch.setattr(TurnDecoder, "_step", counted)
+    texts = [tokenizer()(text, add_special_tokens=False).input_ids for text in decoded]
+    ways = [patient, lambda: Parting({5: 1}), lambda: Parting({5: 1, 9: 2})]
+    monkeypatch.setattr(Drafts, "guess", lambda self, ids, most: ())
+    plain = decode(*ways)
+    assert len(fed) == NEW - 1 and [reply.text for reply in plain[0]] == decoded
+    monkeypatch.setattr(Drafts, "guess", guess)
+    assert decode(*ways) == plain
+    assert max(fed) < NEW, "nothing is guessed that could not be kept"
+    fed.clear()
+    decode(patient)
+    assert len(fed) < NEW / 2 if right else len(fed) == NEW - 1
 
 
 def test_a_decoder_can_be_used_again_and_leaves_the_model_as_it_was(decoded):
