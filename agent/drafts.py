@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 CONTEXT = 4
 """A guess is what came last behind the same so many tokens."""
 MOST = 3
-"""Tokens guessed at once. More are seldom right, and each takes as long as any other token."""
+"""Tokens guessed at once. More are seldom right, and a token that is thrown away takes nearly as long as one that stands."""
 
 
 @dataclass(frozen=True, slots=True)
