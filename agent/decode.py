@@ -7,33 +7,35 @@ model picks the same. A turn that is decoded in several ways is one branch until
 three parts, each with all those that share it in one product (Juravsky et al. 2024, "Hydragen"): what its conversation begins
 with, a company's system prompt, kept once; its conversation up to its turn; and its own tokens.
 When all branches of a conversation have ended, the next conversation takes its place (continuous batching; Yu et al. 2022, "Orca").
+On a CPU every core takes conversations of its own, with the same weights: a step is many small products, which gain little from a
+second core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn.functional import pad
-from transformers import AttentionInterface
 
 from agent.drafts import CONTEXT, MOST, Drafts
 from agent.encode import Encoded
 from agent.prefill import Prefill
+from agent.side_by_side import side_by_side
 from agent.student import attention, entering_layer
+from agent.tree_attention import Layer, Part, Seen, lay_out
 from schemas.action import ActionName
 
 ACTION_OPENING = '"action": "'
+TURNS_A_CORE = 32
+"""Cores take conversations of their own only if each decodes so many turns at once; fewer would not be worth reading the weights for."""
 SLOTS_AT_ONCE = 16
 """By how many slots for branches their keys and values grow."""
-ROWS_AT_ONCE = 16
-KEYS_AT_ONCE = 32
-"""Queries attend by multiples of so many to multiples of so many keys, the last ones in vain: oneDNN makes a kernel for every size that
-it meets, which takes ten times as long as such a product."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,45 +126,9 @@ class _Branch:
         return 1 + len(self.draft)
 
 
-_Layer = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer: (KV, D, S), as a product with queries takes them, and (KV, S, D)."""
-_Part = tuple[torch.Tensor, torch.Tensor]
-"""Attention over some of the keys, (KV, R, D), and the logarithm of the sum of their scores' exponentials, (KV, R, 1)."""
-
-
-def _keys_and_values(read: Any, tokens: slice, to: int = 1) -> _Layer:
-    """Some tokens of a layer of a cache, and zeros up to a multiple."""
-    keys, values = read.keys[0, :, tokens], read.values[0, :, tokens]
-    more = -keys.shape[1] % to
-    return pad(keys.transpose(1, 2), (0, more)).contiguous(), pad(values, (0, 0, 0, more)).contiguous()
-
-
-def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> _Part:
-    """Attention of scaled queries, (KV, R, D); `mask`, which broadcasts to (KV, R, S), is added to the scores.
-
-    Plain products: for the few rows of a step they take less time than torch's fused attention. The softmax is taken in float32.
-    """
-    scores = (query @ keys).float()
-    if mask is not None:
-        scores += mask
-    top = scores.amax(dim=-1, keepdim=True)
-    weights = torch.softmax(scores, dim=-1, out=scores)
-    # The greatest weight is that of the top score: 1 / sum(exp(score - top)). torch.exp takes longer than a whole softmax.
-    return weights.to(values.dtype) @ values, top - weights.amax(dim=-1, keepdim=True).log()
-
-
-def _attend_by_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None) -> _Part:
-    """`_attend` for any number of queries, and a mask for the next multiple of ROWS_AT_ONCE."""
-    rows = query.shape[1]
-    out, total = _attend(pad(query, (0, 0, 0, -rows % ROWS_AT_ONCE)), keys, values, mask)
-    return out[:, :rows], total[:, :rows]
-
-
-def _joined(*sides: Sequence[_Part]) -> torch.Tensor:
-    """Attention over the keys of all sides, (KV, R, D), each side in parts of the rows (online softmax; Milakov and Gimelshein 2018)."""
-    whole = [[torch.cat(each, dim=1) for each in zip(*side, strict=True)] for side in sides]
-    values, sums = (torch.stack(each) for each in zip(*whole, strict=True))
-    return (values * sums.softmax(dim=0)).sum(dim=0)
+def _layers(read: Any, tokens: slice) -> list[Layer]:
+    """Some tokens of a cache."""
+    return [lay_out(layer.keys[:, :, tokens], layer.values[:, :, tokens]) for layer in read.layers]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,7 +137,7 @@ class _Prefix:
 
     number: int
     tokens: int
-    layers: list[_Layer]
+    layers: list[Layer]
 
 
 class _Tree:
@@ -188,24 +154,12 @@ class _Tree:
         self.number, self.prefix, self.going = number, prefix, branches
         self.replies: dict[tuple[int, int], Reply] = {}
         """By way and turn, as they end."""
-        self._layers = [_keys_and_values(layer, slice(prefix.tokens, None), KEYS_AT_ONCE) for layer in read.layers]
-        self._mask = torch.empty(0)
+        self.layers = _layers(read, slice(prefix.tokens, None))
 
     @property
     def rows(self) -> int:
         """How many tokens a step feeds the model."""
         return sum(branch.rows for branch in self.going)
-
-    def begin_step(self, heads: int) -> None:
-        """Hide from every branch what comes after its prompt; `heads` queries share a head of keys."""
-        starts = torch.tensor([branch.start - self.prefix.tokens for branch in self.going for _ in range(branch.rows)])
-        after = torch.arange(self._layers[0][0].shape[-1]) >= starts[:, None]
-        mask = torch.zeros(after.shape).masked_fill_(after, float("-inf")).repeat_interleave(heads, dim=0)
-        self._mask = pad(mask, (0, 0, 0, -len(mask) % ROWS_AT_ONCE)).to(self._layers[0][1])
-
-    def attend(self, query: torch.Tensor, layer: int) -> _Part:
-        """Attention of the step's tokens over the conversation behind its prefix, up to their turns; queries as `_attend` takes them."""
-        return _attend_by_rows(query, *self._layers[layer], self._mask)
 
 
 class _Tails:
@@ -218,19 +172,17 @@ class _Tails:
     """
 
     def __init__(self, room: int, like: Any, layers: int) -> None:
-        _, kv, _, size = like.keys.shape
         self._held: list[_Tail] = []
-        self._keys = [like.keys.new_zeros(0, kv, size, room) for _ in range(layers)]
-        self._values = [like.values.new_zeros(0, kv, room, size) for _ in range(layers)]
-        self._slots = self._places = self._ends = self._mask = torch.empty(0)
+        empty = (states.new_zeros(0, states.shape[1], room, states.shape[3]) for states in (like.keys, like.values))
+        keys, values = lay_out(*empty)
+        self.layers = [(keys, values)] * layers
 
     def new(self) -> _Tail:
         """A slot for a branch without tokens."""
         tail = _Tail(len(self._held))
         self._held.append(tail)
-        if len(self._held) > len(self._keys[0]):
-            for states in (self._keys, self._values):
-                states[:] = [pad(each, (0, 0) * 3 + (0, SLOTS_AT_ONCE)) for each in states]
+        if len(self._held) > len(self.layers[0][1]):
+            self.layers = [(pad(keys, (0, 0) * 4 + (0, SLOTS_AT_ONCE)), pad(values, (0, 0) * 3 + (0, SLOTS_AT_ONCE))) for keys, values in self.layers]
         return tail
 
     def copy(self, tail: _Tail) -> _Tail:
@@ -247,67 +199,57 @@ class _Tails:
             last.slot, self._held[tail.slot] = tail.slot, last
 
     def _move(self, old: int, new: int) -> None:
-        for states in (*self._keys, *self._values):
-            states[new] = states[old]
-
-    def begin_step(self, going: Sequence[_Branch], heads: int) -> None:
-        """Make room for the step's tokens of every branch, in the order in which they come; `heads` queries share a head of keys."""
-        kv, room, device = self._keys[0].shape[1], self._keys[0].shape[3], self._keys[0].device
-        rows = [(branch.tail.slot, place, len(branch.tokens) + place) for branch in going for place in range(branch.rows)]
-        slots, places, lengths = (torch.tensor(each) for each in zip(*rows, strict=True))
-        longest = int(lengths.max())
-        seen = min(longest + -longest % KEYS_AT_ONCE, room)
-        mask = torch.zeros(len(self._keys[0]), 1, 1 + MOST, 1, seen)
-        mask[slots, :, places] = mask[slots, :, places].masked_fill(torch.arange(seen) >= lengths[:, None, None, None], float("-inf"))
-        self._mask = mask.expand(-1, kv, -1, heads, -1).flatten(0, 1).flatten(1, 2).to(self._keys[0])
-        self._slots, self._places, self._ends = slots.to(device), places.to(device), (lengths - 1).to(device)
-
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> _Part:
-        """Attention of the step's tokens over those of their branches.
-
-        Args:
-            query: (KV, N x heads, D), scaled.
-            key: (KV, N, D), kept.
-            value: (KV, N, D), kept.
-            layer: counted from 0.
-        """
-        keys, values = self._keys[layer], self._values[layer]
-        keys[self._slots, :, :, self._ends] = key.transpose(0, 1)
-        values[self._slots, :, self._ends] = value.transpose(0, 1)
-        kv, seen = len(query), self._mask.shape[-1]
-        by_token = query.unflatten(1, (len(self._slots), -1)).transpose(0, 1)
-        heads = by_token.shape[2]
-        # Every slot has room for a whole draft: what nobody asked for is not read.
-        by_slot = query.new_zeros(len(keys), kv, 1 + MOST, heads, query.shape[-1])
-        by_slot[self._slots, :, self._places] = by_token
-        by_slot = by_slot.flatten(0, 1).flatten(1, 2)
-        found = _attend(by_slot, keys.flatten(0, 1)[:, :, :seen], values.flatten(0, 1)[:, :seen], self._mask)
-        out, total = (each.unflatten(1, (-1, heads)).unflatten(0, (-1, kv))[self._slots, :, self._places].transpose(0, 1).flatten(1, 2)
-                      for each in found)
-        return out, total
+        for held in self.layers:
+            for states in held:
+                states[new] = states[old]
 
 
-def _tree_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
-                    trees: list[_Tree], tails: _Tails, scaling: float | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    """Attention of tokens that come in one line, (1, heads, N, D), tree by tree.
+_Fed = tuple[_Tree, _Branch, int]
+"""A token of a step: whose it is, and how many tokens its branch has with it."""
 
-    All else in the model takes the tokens as they come, so that nothing is computed for padding. Neighbours with the same
-    prefix attend to it in one product.
+
+class _Step:
+    """The last token of every branch that goes on and its draft, and what they attend to.
+
+    Args:
+        trees: those with the same prefix are neighbours.
+        tails: of all their branches.
+        heads: how many queries share a head of keys: a token has a row for each.
     """
-    kv, size, layer = key.shape[1], query.shape[-1], module.layer_idx
-    heads = query.shape[1] // kv
-    # Rows by token, then by head, so that a tree's are neighbours.
-    rows = query[0].unflatten(0, (kv, heads)).transpose(1, 2).reshape(kv, -1, size) * (size ** -0.5 if scaling is None else scaling)
-    counts = [tree.rows for tree in trees]
-    own = [tree.attend(states, layer) for tree, states in zip(trees, rows.split([count * heads for count in counts], dim=1), strict=True)]
-    prefixes = [(prefix, sum(tree.rows for tree in alike)) for prefix, alike in groupby(trees, key=lambda tree: tree.prefix)]
-    of_prefixes = rows.split([count * heads for _, count in prefixes], dim=1)
-    shared = [_attend_by_rows(states, *prefix.layers[layer]) for (prefix, _), states in zip(prefixes, of_prefixes, strict=True)]
-    tokens = tails.attend(rows, key[0], value[0], layer)
-    return _joined(own, shared, [tokens]).to(query.dtype).unflatten(1, (-1, heads)).transpose(0, 1).reshape(1, query.shape[2], -1, size), None
 
+    def __init__(self, trees: Sequence[_Tree], tails: _Tails, heads: int) -> None:
+        fed = [(tree, branch, len(branch.tokens) + place) for tree in trees for branch in tree.going for place in range(branch.rows)]
 
-AttentionInterface.register("handoff_trees", _tree_attention)
+        def rows(ends: Iterable[int]) -> torch.Tensor:
+            return torch.tensor(list(ends)).repeat_interleave(heads)
+
+        def runs(key: Callable[[_Fed], int]) -> Iterator[tuple[_Fed, int, int]]:
+            """Neighbours of the same key: the first one, and where their rows begin and end."""
+            end = 0
+            for _, alike in groupby(fed, key):
+                run = list(alike)
+                first, end = end, end + heads * len(run)
+                yield run[0], first, end
+
+        starts, prefixes = rows(branch.start - tree.prefix.tokens for tree, branch, _ in fed), rows(tree.prefix.tokens for tree, *_ in fed)
+        branches = list(runs(lambda each: each[1].tail.slot))
+        slots = [branch.tail.slot for (_, branch, _), *_ in branches]
+        self._parts = [
+            [(tree.layers, Seen(tree.layers, [0], [first, end], starts)) for (tree, *_), first, end in runs(lambda each: each[0].number)],
+            [(tree.prefix.layers, Seen(tree.prefix.layers, [0], [first, end], prefixes))
+             for (tree, *_), first, end in runs(lambda each: each[0].prefix.number)],
+            [(tails.layers, Seen(tails.layers, slots, [0, *(end for *_, end in branches)], rows(length for *_, length in fed)))],
+        ]
+        places = [(branch.tail.slot, length - 1) for _, branch, length in fed]
+        self._tails, self._places = tails, torch.tensor(places, device=tails.layers[0][1].device).T
+
+    def parts(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> list[Part]:
+        """What is attended to in a layer, counted from 0, with the keys and values of the step's own tokens, (KV, N, D): they are kept."""
+        keys, values = self._tails.layers[layer]
+        slots, places = self._places
+        keys[slots, :, places // keys.shape[-1], :, places % keys.shape[-1]] = key.transpose(0, 1)
+        values[slots, :, places] = value.transpose(0, 1)
+        return [[(layers[layer], seen) for layers, seen in part] for part in self._parts]
 
 
 class _Prepacked(torch.nn.Module):
@@ -316,6 +258,10 @@ class _Prepacked(torch.nn.Module):
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         self._weight, self._bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None), linear.bias
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: it never changes."""
+        return self
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self._weight, self._bias, "none", [], "")
@@ -365,7 +311,6 @@ class TurnDecoder:
         self._others = {name.value: tokenizer(ACTION_OPENING + name, add_special_tokens=False).input_ids[len(opening)]
                         for name in ActionName if name is not ActionName.ESCALATE}
 
-    @torch.inference_mode()
     def decode(self, conversations: Sequence[Encoded], ways: Sequence[Callable[[], Choice]]) -> Iterator[tuple[int, list[list[Reply]]]]:
         """Decode all agent turns.
 
@@ -377,16 +322,32 @@ class TurnDecoder:
             a conversation's number and, when all its turns have ended, for every way the replies in the order of the turns,
             without the token that ends them.
         """
+        order = sorted(range(len(conversations)), key=lambda number: (len(conversations[number].spans), len(conversations[number].ids)))
+        # All take from one list, so that they end together; what an iterator over a list gives, it gives to one of them.
+        waiting = reversed(order)
+        cores = torch.get_num_threads() if self.model.device.type == "cpu" else 1
         with _prepacked(self.model):
-            yield from self._decode(conversations, ways)
+            if cores > 1 and self.at_once // cores >= TURNS_A_CORE:
+                yield from side_by_side([self._share(self.at_once // cores)._decode(conversations, waiting, ways) for _ in range(cores)])
+            else:
+                yield from self._decode(conversations, waiting, ways)
 
-    def _decode(self, conversations: Sequence[Encoded], ways: Sequence[Callable[[], Choice]]) -> Iterator[tuple[int, list[list[Reply]]]]:
-        waiting = sorted(range(len(conversations)), key=lambda number: (len(conversations[number].spans), len(conversations[number].ids)))
+    def _share(self, at_once: int) -> Self:
+        """This decoder, with the same weights and drafts, for a share of the turns at once."""
+        share = copy.copy(self)
+        # A model attends by the function that its configuration names, and that is another one for reading than for steps.
+        share.model = copy.deepcopy(self.model, {id(held): held for held in (*self.model.parameters(), *self.model.buffers())})
+        share.at_once, share._prefill, share._prefixes = at_once, Prefill(share.model), {}
+        return share
+
+    @torch.inference_mode()
+    def _decode(self, conversations: Sequence[Encoded], waiting: Iterator[int],
+                ways: Sequence[Callable[[], Choice]]) -> Iterator[tuple[int, list[list[Reply]]]]:
+        """Decode what is waiting, as far as nobody else does."""
         trees: list[_Tree] = []
         tails: _Tails | None = None
-        while waiting or trees:
-            while waiting and sum(len(tree.going) for tree in trees) < self.at_once:
-                number = waiting.pop()
+        while True:
+            while sum(len(tree.going) for tree in trees) < self.at_once and (number := next(waiting, None)) is not None:
                 states, cache = self._read(number, conversations[number])
                 tails = tails or _Tails(self.max_new_tokens, cache.layers[0], len(cache.layers))
                 ids = conversations[number].prompts().ids
@@ -399,10 +360,11 @@ class TurnDecoder:
             for tree in [tree for tree in trees if not tree.going]:
                 trees.remove(tree)
                 yield tree.number, [[tree.replies[way, turn] for turn in range(len(conversations[tree.number].spans))] for way in range(len(ways))]
-            if trees and tails:
-                following = iter(self._step(trees, tails))
-                for tree in trees:
-                    self._grow(tree, tails, following)
+            if not trees or tails is None:
+                return
+            following = iter(self._step(trees, tails))
+            for tree in trees:
+                self._grow(tree, tails, following)
 
     def _read(self, number: int, encoded: Encoded) -> tuple[torch.Tensor, Any]:
         """Read a conversation, as `Prefill` does."""
@@ -417,7 +379,7 @@ class TurnDecoder:
         """What a conversation that was read begins with; made of the first one that begins so."""
         ids = tuple(encoded.ids[:encoded.prefix])
         if ids not in self._prefixes:
-            self._prefixes[ids] = _Prefix(len(self._prefixes), len(ids), [_keys_and_values(layer, slice(len(ids))) for layer in read.layers])
+            self._prefixes[ids] = _Prefix(len(self._prefixes), len(ids), _layers(read, slice(len(ids))))
         return self._prefixes[ids]
 
     def _grow(self, tree: _Tree, tails: _Tails, logits: Iterator[torch.Tensor]) -> None:
@@ -467,12 +429,9 @@ class TurnDecoder:
             for each of these tokens the logits of what comes next, (N, V), where the tokens are chosen: on the CPU.
         """
         config, device = self.model.config.get_text_config(), self.model.device
-        heads = config.num_attention_heads // config.num_key_value_heads
-        for tree in trees:
-            tree.begin_step(heads)
+        step = _Step(trees, tails, config.num_attention_heads // config.num_key_value_heads)
         going = [branch for tree in trees for branch in tree.going]
-        tails.begin_step(going, heads)
         last = torch.tensor([[token for branch in going for token in (branch.tokens[-1], *branch.draft)]], device=device)
         positions = torch.tensor([[branch.start + len(branch.tokens) - 1 + place for branch in going for place in range(branch.rows)]], device=device)
         with attention(self.model, "handoff_trees"):
-            return self.model(input_ids=last, position_ids=positions, use_cache=False, trees=trees, tails=tails).logits[0].float().cpu()
+            return self.model(input_ids=last, position_ids=positions, use_cache=False, step=step).logits[0].float().cpu()
