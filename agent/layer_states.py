@@ -20,6 +20,7 @@ from tqdm import tqdm
 from agent.encode import Encoded
 from agent.paths import CACHE
 from agent.prefill import Prefill
+from agent.prepacked import prepacked
 from agent.student import backbone, only_layers, shares_prefix
 
 STATES = CACHE / "states"
@@ -45,7 +46,7 @@ class LayerStates:
         if not missing:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        with torch.inference_mode(), only_layers(self._model, 0, self._layer):
+        with torch.inference_mode(), only_layers(self._model, 0, self._layer), prepacked(self._model):
             prefill = Prefill(self._model) if self._shared else None
             for encoded in tqdm(missing, desc=what, unit="conv", file=sys.stderr):
                 if prefill:

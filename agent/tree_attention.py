@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -75,7 +75,7 @@ Part = list[tuple[Layer, Seen]]
 def lay_out(keys: torch.Tensor, values: torch.Tensor) -> Layer:
     """Keys and values, (lists, KV, S, D), laid out for `attend`; with zeros behind them, so that S is a multiple of TILE."""
     keys, values = (pad(each, (0, 0, 0, -each.shape[2] % TILE)) for each in (keys, values))
-    at_once = TILE if _compiled_for(values) else keys.shape[2]
+    at_once = TILE if _library_for(values) else keys.shape[2]
     return keys.unflatten(2, (-1, at_once)).transpose(3, 4).contiguous(), values.contiguous()
 
 
@@ -89,7 +89,10 @@ def attend(queries: torch.Tensor, held: Layer, seen: Seen, outs: torch.Tensor, s
         outs: as `queries`: their rows are written.
         sums: (KV, R, 1), float32: for their rows the logarithm of the sum of their scores' exponentials.
     """
-    (_compiled if _compiled_for(queries) else _plain)(queries, *held, seen, outs, sums)
+    if library := _library_for(queries):
+        _compiled(library, queries, *held, seen, outs, sums)
+    else:
+        _plain(queries, *held, seen, outs, sums)
 
 
 def joined(outs: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
@@ -115,34 +118,36 @@ def _plain(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen
     outs[:, padded.rows], sums[:, padded.rows] = (each[padded.blocks, :, padded.places].transpose(0, 1) for each in found)
 
 
-def _compiled(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: Seen, outs: torch.Tensor, sums: torch.Tensor) -> None:
+def _compiled(library: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: Seen, outs: torch.Tensor,
+              sums: torch.Tensor) -> None:
     """`attend` by attend.c."""
     heads, rows, size = queries.shape
-    room = queries.new_empty(4, values.shape[2])
-    _library()(*(each.data_ptr() for each in (queries, keys, values, seen.lists, seen.firsts, seen.ends)),
-               len(seen.lists), heads, rows, size, values.shape[2], *(each.data_ptr() for each in (room, outs, sums)))
+    count = values.shape[2]
+    room = queries.new_empty(4, count)
+    library.attend(*(each.data_ptr() for each in (queries, keys, values, seen.lists, seen.firsts, seen.ends)),
+                   len(seen.lists), heads, rows, size, count, *(each.data_ptr() for each in (room, outs, sums)))
 
 
-def _compiled_for(states: torch.Tensor) -> bool:
-    """Whether attend.c takes what looks like this, (..., D)."""
-    return states.device.type == "cpu" and states.dtype == torch.float32 and states.shape[-1] % TILE == 0 and _library() is not None
+def _library_for(states: torch.Tensor) -> Any:
+    """attend.c, if it takes what looks like this, (..., D)."""
+    return _library() if states.device.type == "cpu" and states.dtype == torch.float32 and states.shape[-1] % TILE == 0 else None
 
 
 @cache
-def _library() -> Callable[..., None] | None:
+def _library() -> Any:
     """attend.c, made for this very processor; None where there is no C compiler.
 
-    Not kept: what another machine's compiler made for its processor may not run on this one, and it takes less than a second.
+    Not kept: what is made for one processor may not run on another, and making it takes less than a second.
     """
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "attend.so"
         try:
             subprocess.run(["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", made, SOURCE, "-lm"], check=True, capture_output=True)
-            attend: Any = ctypes.CDLL(str(made)).attend
+            library = ctypes.CDLL(str(made))
         except (OSError, subprocess.CalledProcessError):
             return None
-    attend.argtypes, attend.restype = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5 + [ctypes.c_void_p] * 3, None
-    return attend  # type: ignore[no-any-return]
+    library.attend.argtypes, library.attend.restype = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5 + [ctypes.c_void_p] * 3, None
+    return library
 
 
 class Step(Protocol):

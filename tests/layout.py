@@ -15,6 +15,10 @@ CALLED = {"report": "gate"}
 """Stages that start a command of ours, which is imported by nobody."""
 
 
+BESIDE = {"agent/tree_attention.py": {"agent/attend.c"}}
+"""Code in other languages, by the module that takes it."""
+
+
 def module_file(name: str) -> Path | None:
     """The file of one of our modules, relative to the root."""
     if name.split(".")[0] not in PACKAGES:
@@ -55,7 +59,8 @@ def stage_code(module: str) -> set[str]:
         files |= import_tree(Path("simulator/__main__.py")) | import_tree(Path("simulator", f"{role}.py"))
     if command := CALLED.get(module):
         files |= import_tree(Path("stages", f"{command}.py"))
-    return {file.as_posix() for file in files} | templates(module)
+    found = {file.as_posix() for file in files}
+    return found.union(templates(module), *(BESIDE.get(file, set()) for file in found))
 
 
 def templates(module: str) -> set[str]:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import pytest
+import yaml
 
 from tests.layout import ROOT
 
@@ -41,3 +42,13 @@ def test_every_installation_is_told_before_it_begins(make):
 def test_what_is_compared_is_what_base_names(make, tmp_path, given, asked):
     assert make(*given.split()).returncode == 0
     assert (tmp_path / "called").read_text().splitlines()[-1] == f"python -m {asked}"
+
+
+def test_what_the_workflow_makes_there_is(make):
+    jobs = yaml.safe_load((ROOT / ".github/workflows/pull-request.yml").read_text(encoding="utf-8"))["jobs"]
+    lines = [line.split() for job in jobs.values() for step in job["steps"] for line in step.get("run", "").splitlines()]
+    targets = {words[1] for words in lines if words and words[0] == "make"}
+    assert targets == {"install", "test"}
+    for target in targets:
+        done = make(target)
+        assert done.returncode == 0, done.stderr

@@ -1,11 +1,15 @@
 """Decoding all turns side by side gives what decoding one turn at a time gives; with the real base model."""
 
+import threading
+
 import pytest
 import torch
 
-from agent.decode import Choice, SchemaChoice, TurnDecoder, _attend, _joined
+from agent import tree_attention
+from agent.decode import Choice, SchemaChoice, TurnDecoder
 from agent.drafts import CONTEXT, Drafts
 from agent.prefill import Prefill
+from agent.prepacked import _Prepacked
 from schemas.action import ActionError, ActionName, action_json_schema, parse_action
 from schemas.errors import InputError
 from tests.students import ALL, SYSTEM, base, encoder, tokenizer
@@ -41,7 +45,7 @@ def turns():
     return [e.ids[:start] for e in encoded() for start, _ in e.spans]
 
 
-def decode(*ways, tokens=NEW, at_once=64):
+def decode(*ways, tokens=NEW, at_once=32):
     """What every way says at every turn."""
     found = dict(TurnDecoder(base(), tokenizer(), tokens, at_once).decode(encoded(), ways))
     assert found.keys() == set(range(len(ALL))), "every conversation comes out once"
@@ -157,20 +161,41 @@ def test_a_decoder_can_be_used_again_and_leaves_the_model_as_it_was(decoded):
     assert base().config._attn_implementation == before
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_attention_in_two_parts_is_attention_over_both(dtype, tolerance):
-    """Prefix and own tokens, of which some are hidden from some rows; against torch's own attention in float32."""
-    torch.manual_seed(0)
-    query, keys, values = torch.randn(2, 5, 8), torch.randn(2, 8, 9) * 3, torch.randn(2, 9, 8)
-    mask = torch.zeros(5, 5).masked_fill_(torch.rand(5, 5) < 0.4, float("-inf"))
-    mask[:, 0] = 0.0
-    states = [each.to(dtype) for each in (query, keys, values, mask)]
-    query, keys, values, hidden = states
-    parted = _joined([_attend(query, keys[:, :, 4:], values[:, 4:], hidden)], [_attend(query, keys[:, :, :4], values[:, :4])])
-    query, keys, values, hidden = (each.float() for each in states)
-    seen = torch.cat([torch.zeros(5, 4), hidden], dim=1)
-    whole = torch.nn.functional.scaled_dot_product_attention(query, keys.transpose(1, 2), values, attn_mask=seen, scale=1.0)
-    assert torch.allclose(parted.float(), whole, atol=tolerance, rtol=tolerance)
+def test_without_a_compiler_the_texts_are_the_same(decoded, monkeypatch):
+    ways = [patient, lambda: Parting({5: 1}), lambda: Parting({5: 1, 9: 2})]
+    with_compiler = decode(*ways)
+    monkeypatch.setattr(tree_attention, "_library", lambda: None)
+    assert decode(*ways) == with_compiler
+    assert [reply.text for reply in with_compiler[0]] == decoded
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Three cores, whatever is here, each of which takes what little there is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr("agent.decode.TURNS_A_CORE", 1)
+    yield 3
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(before)
+
+
+def test_cores_that_decode_apart_say_what_one_says(decoded, cores, monkeypatch):
+    threads, step = set(), TurnDecoder._step
+
+    def counted(self, trees, tails):
+        threads.add((threading.get_ident(), torch.get_num_threads(), self.at_once))
+        return step(self, trees, tails)
+
+    monkeypatch.setattr(TurnDecoder, "_step", counted)
+    decoder, before = TurnDecoder(base(), tokenizer(), NEW, cores, layer=15), base().config._attn_implementation
+    for _ in range(2):
+        found = dict(decoder.decode(encoded(), [patient]))
+        assert [reply.text for number in sorted(found) for reply in found[number][0]] == decoded
+    assert {(count, at_once) for _, count, at_once in threads} == {(1, 1)} and len({name for name, *_ in threads}) > 1
+    assert decoder.states.keys() == set(range(len(ALL))), "the states of all of them"
+    assert base().config._attn_implementation == before and decoder.at_once == cores
+    assert all(type(module) is not _Prepacked for module in base().modules())
 
 
 def test_what_enters_a_layer_is_kept_of_every_turns_prompt():
