@@ -167,7 +167,7 @@ def _tree_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: 
     # Rows by token, then by head, so that those of a conversation are neighbours.
     rows = query[0].unflatten(0, (kv, -1)).transpose(1, 2)
     heads = rows.shape[2]
-    queries = (rows * (size ** -0.5 if scaling is None else scaling)).reshape(kv, -1, size)
+    queries = (rows * (size ** -0.5 if scaling is None else scaling)).reshape(kv, -1, size).contiguous()
     parts = step.parts(module.layer_idx, key[0], value[0])
     outs, sums = queries.new_empty(len(parts), *queries.shape), queries.new_empty(len(parts), *queries.shape[:2], 1, dtype=torch.float32)
     for part, out, total in zip(parts, outs, sums, strict=True):

@@ -169,6 +169,22 @@ def test_without_a_compiler_the_texts_are_the_same(decoded, monkeypatch):
     assert [reply.text for reply in with_compiler[0]] == decoded
 
 
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_any_number_of_heads_may_share_keys(kv):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=len(tokenizer()), hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv)).eval()
+    found = dict(TurnDecoder(model, tokenizer(), 6, 32).decode(encoded(), [patient]))
+    texts = [reply.text for number in sorted(found) for reply in found[number][0]]
+    for before, text in zip(turns(), texts, strict=True):
+        prompt = torch.tensor([before])
+        with torch.inference_mode():
+            out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False,
+                                 eos_token_id=tokenizer().all_special_ids, pad_token_id=tokenizer().pad_token_id)
+        assert text == tokenizer().decode(out[0, prompt.shape[1]:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
 @pytest.fixture
 def cores(monkeypatch):
     """Three cores, whatever is here, each of which takes what little there is."""
