@@ -173,8 +173,9 @@ def test_without_a_compiler_the_texts_are_the_same(decoded, monkeypatch):
 def test_any_number_of_heads_may_share_keys(kv):
     from transformers import AutoModelForCausalLM, LlamaConfig
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=len(tokenizer()), hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv)).eval()
+    config = LlamaConfig(vocab_size=len(tokenizer()), hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=kv)
+    model = AutoModelForCausalLM.from_config(config).eval()
     found = dict(TurnDecoder(model, tokenizer(), 6, 32).decode(encoded(), [patient]))
     texts = [reply.text for number in sorted(found) for reply in found[number][0]]
     for before, text in zip(turns(), texts, strict=True):
