@@ -287,32 +287,35 @@ class TurnDecoder:
             a conversation's number and, when all its turns have ended, for every way the replies in the order of the turns,
             without the token that ends them.
         """
-        order = sorted(range(len(conversations)), key=lambda number: (len(conversations[number].spans), len(conversations[number].ids)))
-        # All take from one list, so that they end together; what an iterator over a list gives, it gives to one of them.
-        waiting = reversed(order)
+        order = sorted(range(len(conversations)), key=lambda number: (len(conversations[number].spans), len(conversations[number].ids)), reverse=True)
         cores = torch.get_num_threads() if self.model.device.type == "cpu" else 1
         with prepacked(self.model):
             if cores > 1 and self.at_once // cores >= TURNS_A_CORE:
-                yield from side_by_side([self._share(self.at_once // cores)._decode(conversations, waiting, ways) for _ in range(cores)])
+                # Dealt out beforehand: if a core took what is next, how fast the others are would say which tokens share a step, and a step
+                # of another size may round otherwise and tip a near-tie.
+                shares = [self._share(self.at_once // cores) for _ in range(cores)]
+                yield from side_by_side([share._decode(conversations, order[core::cores], ways) for core, share in enumerate(shares)])
             else:
-                yield from self._decode(conversations, waiting, ways)
+                yield from self._decode(conversations, order, ways)
 
     def _share(self, at_once: int) -> Self:
-        """This decoder, with the same weights and drafts, for a share of the turns at once."""
+        """This decoder, with the same weights and no drafts yet, for a share of the turns at once."""
         share = copy.copy(self)
         # A model attends by the function that its configuration names, and that is another one for reading than for steps.
         share.model = copy.deepcopy(self.model, {id(held): held for held in (*self.model.parameters(), *self.model.buffers())})
-        share.at_once, share._prefill, share._prefixes = at_once, Prefill(share.model), {}
+        share.at_once, share._prefill, share._prefixes, share._drafts = at_once, Prefill(share.model), {}, Drafts()
         return share
 
     @torch.inference_mode()
-    def _decode(self, conversations: Sequence[Encoded], waiting: Iterator[int],
+    def _decode(self, conversations: Sequence[Encoded], numbers: Sequence[int],
                 ways: Sequence[Callable[[], Choice]]) -> Iterator[tuple[int, list[list[Reply]]]]:
-        """Decode what is waiting, as far as nobody else does."""
+        """Decode some of the conversations."""
         trees: list[_Tree] = []
         tails: _Tails | None = None
-        while True:
-            while sum(len(tree.going) for tree in trees) < self.at_once and (number := next(waiting, None)) is not None:
+        waiting = list(reversed(numbers))
+        while waiting or trees:
+            while waiting and sum(len(tree.going) for tree in trees) < self.at_once:
+                number = waiting.pop()
                 states, cache = self._read(number, conversations[number])
                 tails = tails or _Tails(self.max_new_tokens, cache.layers[0], len(cache.layers))
                 ids = conversations[number].prompts().ids
@@ -325,11 +328,10 @@ class TurnDecoder:
             for tree in [tree for tree in trees if not tree.going]:
                 trees.remove(tree)
                 yield tree.number, [[tree.replies[way, turn] for turn in range(len(conversations[tree.number].spans))] for way in range(len(ways))]
-            if not trees or tails is None:
-                return
-            following = iter(self._step(trees, tails))
-            for tree in trees:
-                self._grow(tree, tails, following)
+            if trees and tails:
+                following = iter(self._step(trees, tails))
+                for tree in trees:
+                    self._grow(tree, tails, following)
 
     def _read(self, number: int, encoded: Encoded) -> tuple[torch.Tensor, Any]:
         """Read a conversation, as `Prefill` does."""

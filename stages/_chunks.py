@@ -130,16 +130,17 @@ def _do(item: Any) -> Any:
 
 
 class Parts:
-    """A table that grows by parts, which lie on disk, except for the last `ROWS` at most; one file in the end.
+    """A table that grows by parts, which lie on disk, except for the last `rows` at most; one file in the end.
 
     Args:
         folder: where they lie; it is made here, and nobody else writes there.
         schema: of the table, which is checked by it. Columns that it does not know stay behind.
         beside: columns that are kept although it does not know them.
+        rows: how many wait until they are checked and written.
     """
 
-    def __init__(self, folder: Path, schema: type[pa.DataFrameModel], *beside: str) -> None:
-        self._folder, self._schema, self._beside = folder, schema, beside
+    def __init__(self, folder: Path, schema: type[pa.DataFrameModel], *beside: str, rows: int = ROWS) -> None:
+        self._folder, self._schema, self._beside, self._at_once = folder, schema, beside, rows
         self._files, self._rows = 0, 0
         self._waiting: list[pl.DataFrame] = []
         folder.mkdir()
@@ -149,7 +150,7 @@ class Parts:
         self._waiting.append(part.select(*self._schema.to_schema().columns, *self._beside))
         self._rows += len(part)
         # A check takes a while, however short the part.
-        if self._rows >= ROWS:
+        if self._rows >= self._at_once:
             self._write()
 
     def _write(self) -> None:

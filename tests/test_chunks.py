@@ -65,6 +65,15 @@ def test_parts_become_the_file_that_the_whole_becomes(tmp_path, cut):
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes() and not list(tmp_path.glob("*.partial"))
 
 
+def test_no_more_rows_wait_than_it_is_told(tmp_path):
+    parts, table = Parts(tmp_path / "parts", Verified, rows=8), verified({f"c{i}": TALK for i in range(5)})
+    written = []
+    for begin in range(0, len(table), 4):
+        parts.add(table[begin: begin + 4])
+        written.append(len(list((tmp_path / "parts").iterdir())))
+    assert written == [0, 1, 1, 2, 2] and parts.scan().collect().equals(table)
+
+
 def test_a_part_keeps_the_columns_that_it_is_told_to(tmp_path):
     parts = Parts(tmp_path / "parts", Verified, "place")
     parts.add(verified({"a": TALK}).with_row_index("place").with_columns(more=pl.lit(1)))

@@ -1,6 +1,7 @@
 """Decoding all turns side by side gives what decoding one turn at a time gives; with the real base model."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -195,6 +196,26 @@ def cores(monkeypatch):
     yield 3
     assert torch.get_num_threads() == 3
     torch.set_num_threads(before)
+
+
+def test_which_tokens_share_a_step_does_not_depend_on_which_core_is_faster(cores, monkeypatch):
+    """And so the texts do not either, where a near-tie is decided by rounding."""
+    step, slow, steps = TurnDecoder._step, set(), []
+
+    def waiting(self, trees, tails):
+        if max(tree.number for tree in trees) in slow:
+            time.sleep(0.02)
+        steps.append(tuple((tree.number, tuple((branch.turn, branch.tokens, branch.draft) for branch in tree.going)) for tree in trees))
+        return step(self, trees, tails)
+
+    monkeypatch.setattr(TurnDecoder, "_step", waiting)
+    found = []
+    for numbers in ([], range(2), range(2, len(ALL))):
+        slow = set(numbers)
+        steps.clear()
+        decode(greedy, at_once=cores)
+        found.append(sorted(steps))
+    assert found[0] and found[0] == found[1] == found[2]
 
 
 def test_cores_that_decode_apart_say_what_one_says(decoded, cores, monkeypatch):
