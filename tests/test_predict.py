@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import defaultdict
 
 import pytest
 import torch
@@ -200,22 +201,23 @@ def cores(monkeypatch):
 
 def test_which_tokens_share_a_step_does_not_depend_on_which_core_is_faster(cores, monkeypatch):
     """And so the texts do not either, where a near-tie is decided by rounding."""
-    step, slow, steps = TurnDecoder._step, set(), []
+    step, slow, steps = TurnDecoder._step, set(), defaultdict(list)
 
     def waiting(self, trees, tails):
         if max(tree.number for tree in trees) in slow:
-            time.sleep(0.02)
-        steps.append(tuple((tree.number, tuple((branch.turn, branch.tokens, branch.draft) for branch in tree.going)) for tree in trees))
+            time.sleep(0.05)
+        steps[id(self)].append([(tree.number, [(branch.turn, branch.tokens, branch.draft) for branch in tree.going]) for tree in trees])
         return step(self, trees, tails)
 
     monkeypatch.setattr(TurnDecoder, "_step", waiting)
     found = []
-    for numbers in ([], range(2), range(2, len(ALL))):
+    conversations = encoded() * 3
+    for numbers in ([], range(len(ALL)), range(0, len(conversations), len(ALL))):
         slow = set(numbers)
         steps.clear()
-        decode(greedy, at_once=cores)
-        found.append(sorted(steps))
-    assert found[0] and found[0] == found[1] == found[2]
+        list(TurnDecoder(base(), tokenizer(), 6, cores).decode(conversations, [greedy]))
+        found.append(sorted(steps.values()))
+    assert len(found[0]) > 1 and found[0] == found[1] == found[2]
 
 
 def test_cores_that_decode_apart_say_what_one_says(decoded, cores, monkeypatch):

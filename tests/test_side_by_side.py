@@ -30,11 +30,6 @@ def test_a_thread_has_one_core():
     assert list(side_by_side([(torch.get_num_threads() for _ in range(1)) for _ in range(3)])) == [1, 1, 1]
 
 
-def test_iterators_over_one_list_share_it():
-    waiting = iter(range(1000))
-    assert sorted(side_by_side([(each for each in waiting) for _ in range(4)])) == list(range(1000))
-
-
 def test_an_error_of_one_is_raised_and_ends_the_others():
     taken = []
 

@@ -8,7 +8,7 @@ import torch
 from agent import tree_attention
 from agent.tree_attention import TILE, Seen, attend, joined, lay_out
 
-KV, HEADS = 2, 3
+KV = 2
 
 
 @pytest.fixture(params=["compiled", "torch"])
