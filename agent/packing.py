@@ -6,18 +6,17 @@ common beginning, a company's system prompt, stands in the line once and every c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
+from agent.compiled import TILE, Line, library_for
 from agent.student import attention, backbone
 
-BLOCK = 128
-"""Queries that attend at once."""
-BLOCKS_PAY = torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Whether products are oneDNN's here; where they are MKL's, torch's fused attention is faster than ours."""
 CAUSAL = "handoff_causal"
 """The name under which a model attends by `causal`, as `agent.student.attention` takes it."""
 
@@ -48,74 +47,60 @@ def entering(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
 
 
-class _InBlocks(torch.autograd.Function):
-    """Causal attention of the last R of S tokens, for scaled queries (KV, R x G, D), G neighbours to a token; keys and values (KV, S, D).
+class _Causal(torch.autograd.Function):
+    """Causal attention of a line of sequences by attention.c, which says what everything is.
 
-    A block of queries at a time, over the keys that its last one sees: plain products, which oneDNN computes at more than twice the
-    rate of torch's fused attention on a CPU, and nothing but half of a block on the diagonal is computed in vain. The weights of
-    every block lie in the same memory: kept, they would take 4 bytes a head and pair of tokens in every layer. So the backward pass
-    computes them again (Dao et al. 2022, "FlashAttention"), but with a whole softmax, since all of a block's keys are there.
+    Tiles of keys are weighed as they come, so that scores never leave a core's own cache: two thirds of the time of the same products called
+    one after the other. Nothing but half of a tile on the diagonal is computed in vain, and no weights are kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: int) -> torch.Tensor:
-        ctx.save_for_backward(queries, keys, values)
-        ctx.group = group
-        weigh, outs = _Weights(queries, keys, group), torch.empty_like(queries)
-        for block, seen in weigh.blocks():
-            outs[:, block] = weigh(queries[:, block], seen) @ values[:, :seen]
-        return outs
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: torch.Tensor, scale: float) -> torch.Tensor:
+        query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
+        out, sums = query.new_empty(query.shape[2], query.shape[1], query.shape[3]), query.new_empty(query.shape[1:3])
+        _compiled("causal", query, key, value, sequences, scale, out=out, sums=sums)
+        ctx.save_for_backward(query, key, value, sequences, out, sums)
+        ctx.scale = scale
+        return out.transpose(0, 1)[None]
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        queries, keys, values = ctx.saved_tensors
-        weigh, by_value = _Weights(queries, keys, ctx.group), values.transpose(1, 2).contiguous()
-        of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        room = weigh.room()
-        for block, seen in weigh.blocks():
-            query, grad = queries[:, block], grads[0][:, block]
-            weights = weigh(query, seen)
-            of_values[:, :seen] += weights.transpose(1, 2) @ grad
-            scores = torch.bmm(grad, by_value[:, :, :seen], out=room[:weights.numel()].view_as(weights))
-            torch.ops.aten._softmax_backward_data.out(scores, weights, -1, scores.dtype, grad_input=scores)
-            of_queries[:, block] = scores @ keys[:, :seen]
-            of_keys[:, :seen] += scores.transpose(1, 2) @ query
-        return of_queries, of_keys, of_values, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, sequences, out, sums = ctx.saved_tensors
+        of_queries, of_keys, of_values = (each.new_zeros(each.shape[2], each.shape[1], each.shape[3]) for each in (query, key, value))
+        common = int(sequences[3].max())
+        of_common = query.new_zeros(sequences.shape[1], 2, key.shape[1], common, query.shape[3])
+        _compiled("causal_back", query, key, value, sequences, ctx.scale, out=out, sums=sums, grad=grads[0][0].transpose(0, 1).contiguous(),
+                  of_queries=of_queries, of_keys=of_keys, of_values=of_values, of_common=of_common)
+        of_keys[:common] += of_common[:, 0].sum(dim=0).transpose(0, 1)
+        of_values[:common] += of_common[:, 1].sum(dim=0).transpose(0, 1)
+        return (*(each.transpose(0, 1)[None] for each in (of_queries, of_keys, of_values)), None, None)
 
 
-class _Weights:
-    """The weights of a block of queries at a time, as `_InBlocks` takes queries and keys; every block's in the same memory."""
+def _compiled(function: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: torch.Tensor, scale: float,
+              **others: torch.Tensor) -> None:
+    """Call a function of attention.c.
 
-    def __init__(self, queries: torch.Tensor, keys: torch.Tensor, group: int) -> None:
-        self._group, self._tokens, self._keys = group, queries.shape[1] // group, keys.transpose(1, 2).contiguous()
-        self._later = queries.new_full((BLOCK, BLOCK), float("-inf")).triu_(1).repeat_interleave(group, dim=0)
-        self._room = self.room()
-
-    def room(self) -> torch.Tensor:
-        """Memory for the weights of any block."""
-        kv, _, size = self._keys.shape
-        return self._keys.new_empty(kv * self._group * min(BLOCK, self._tokens) * size)
-
-    def blocks(self) -> Iterator[tuple[slice, int]]:
-        """Every block's queries, and how many keys they are weighed over."""
-        for start in range(0, self._tokens, BLOCK):
-            end = min(start + BLOCK, self._tokens)
-            yield slice(start * self._group, end * self._group), self._keys.shape[2] - self._tokens + end
-
-    def __call__(self, queries: torch.Tensor, seen: int) -> torch.Tensor:
-        """Weights of a block's queries, (KV, N, D), over its keys: (KV, N, seen), until the next block's are asked for."""
-        kv, count, _ = queries.shape
-        scores = torch.bmm(queries, self._keys[:, :, :seen], out=self._room[:kv * count * seen].view(kv, count, seen))
-        scores[:, :, -(count // self._group):] += self._later[:count, :count // self._group]
-        return torch.softmax(scores, dim=-1, out=scores)
-
-
-def _in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """`causal` by `_InBlocks`."""
-    kv, tokens = key.shape[1], query.shape[2]
-    queries = (query[0] * scale).unflatten(0, (kv, -1)).transpose(1, 2)
-    outs: torch.Tensor = _InBlocks.apply(queries.flatten(1, 2), key[0], value[0], queries.shape[2])
-    return outs.unflatten(1, (tokens, -1)).transpose(1, 2).flatten(0, 1)[None]
+    Args:
+        function: its name.
+        query: (1, heads, R, D).
+        key: (1, KV, S, D).
+        value: as `key`.
+        sequences: where each one's queries and keys begin, how many tokens it has, and how many keys of the line's beginning it sees: (4, N).
+        scale: what scores are multiplied with.
+        others: what else it reads or writes, contiguous, by the names of attention.c.
+    """
+    heads, tokens, size = query.shape[1:]
+    longest, threads = int((sequences[2] + sequences[3]).max()), torch.get_num_threads()
+    # Five lists of keys, four tiles of rows and two of scores are what the backward pass needs, and more than the forward pass does.
+    room = 5 * (longest + -longest % TILE) * size + 4 * TILE * size + 2 * TILE * TILE
+    rooms = query.new_empty(threads, room)
+    held = dict(zip(("queries_from", "keys_from", "counts", "before"), sequences, strict=True)) | others
+    held |= {"queries": query, "keys": key, "values": value, "rooms": rooms}
+    getattr(library_for(query), function)(Line(
+        sequences=sequences.shape[1], tokens=tokens, heads=heads, kv=key.shape[1], size=size, common=int(sequences[3].max()),
+        query_row=query.stride(2), query_head=query.stride(1), key_row=key.stride(2), key_head=key.stride(1),
+        value_row=value.stride(2), value_head=value.stride(1), **{name: each.data_ptr() for name, each in held.items()},
+        room=room, threads=threads, scale=scale))
 
 
 def _fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -139,8 +124,11 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
     Returns:
         (1, heads, R, D).
     """
-    in_blocks = BLOCKS_PAY and query.device.type == "cpu" and query.dtype == torch.float32
-    return (_in_blocks if in_blocks else _fused)(query, key, value, scale)
+    if library_for(query):
+        rows, before = query.shape[2], key.shape[2] - query.shape[2]
+        out: torch.Tensor = _Causal.apply(query, key, value, torch.tensor([[0], [before], [rows], [before]]), scale)
+        return out
+    return _fused(query, key, value, scale)
 
 
 def _scale(query: torch.Tensor, scaling: float | None) -> float:
@@ -151,12 +139,21 @@ def _packed_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value
                       packed: tuple[int, tuple[int, ...]], scaling: float | None = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
     """Attention of a line, (1, heads, T, D), as transformers calls it: (1, T, heads, D)."""
     cut, lengths = packed
-    queries, keys, values = (each.split((cut, *lengths), dim=2) for each in (query, key, value))
     scale = _scale(query, scaling)
-    outs = [causal(queries[0], keys[0], values[0], scale)] if cut else []
-    for row, own_keys, own_values in zip(queries[1:], keys[1:], values[1:], strict=True):
-        outs.append(causal(row, torch.cat([keys[0], own_keys], dim=2), torch.cat([values[0], own_values], dim=2), scale))
-    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+    if library_for(query):
+        starts = accumulate(lengths[:-1], initial=cut)
+        # The longest first, so that no core waits for one at the end.
+        sequences = sorted([(start, start, length, cut) for start, length in zip(starts, lengths, strict=True)], key=itemgetter(2), reverse=True)
+        if cut:
+            sequences.append((0, 0, cut, 0))
+        out = _Causal.apply(query, key, value, torch.tensor(sequences).T.contiguous(), scale)
+    else:
+        queries, keys, values = (each.split((cut, *lengths), dim=2) for each in (query, key, value))
+        outs = [causal(queries[0], keys[0], values[0], scale)] if cut else []
+        for row, own_keys, own_values in zip(queries[1:], keys[1:], values[1:], strict=True):
+            outs.append(causal(row, torch.cat([keys[0], own_keys], dim=2), torch.cat([values[0], own_values], dim=2), scale))
+        out = torch.cat(outs, dim=2)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("handoff_packed", _packed_attention)

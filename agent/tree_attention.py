@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 
-SOURCE = Path(__file__).with_name("attend.c")
-TILE = 64
-"""As in attend.c."""
+from agent.compiled import TILE, library_for
+
 Layer = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer: (lists, KV, S / T, D, T), as a product with queries takes T of them at once, and (lists, KV, S, D)."""
 
@@ -75,7 +70,7 @@ Part = list[tuple[Layer, Seen]]
 def lay_out(keys: torch.Tensor, values: torch.Tensor) -> Layer:
     """Keys and values, (lists, KV, S, D), laid out for `attend`; with zeros behind them, so that S is a multiple of TILE."""
     keys, values = (pad(each, (0, 0, 0, -each.shape[2] % TILE)) for each in (keys, values))
-    at_once = TILE if _library_for(values) else keys.shape[2]
+    at_once = TILE if library_for(values) else keys.shape[2]
     return keys.unflatten(2, (-1, at_once)).transpose(3, 4).contiguous(), values.contiguous()
 
 
@@ -89,7 +84,7 @@ def attend(queries: torch.Tensor, held: Layer, seen: Seen, outs: torch.Tensor, s
         outs: as `queries`: their rows are written.
         sums: (KV, R, 1), float32: for their rows the logarithm of the sum of their scores' exponentials.
     """
-    if library := _library_for(queries):
+    if library := library_for(queries):
         _compiled(library, queries, *held, seen, outs, sums)
     else:
         _plain(queries, *held, seen, outs, sums)
@@ -120,34 +115,12 @@ def _plain(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen
 
 def _compiled(library: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: Seen, outs: torch.Tensor,
               sums: torch.Tensor) -> None:
-    """`attend` by attend.c."""
+    """`attend` by attention.c."""
     heads, rows, size = queries.shape
     count = values.shape[2]
     room = queries.new_empty(4, count)
     library.attend(*(each.data_ptr() for each in (queries, keys, values, seen.lists, seen.firsts, seen.ends)),
                    len(seen.lists), heads, rows, size, count, *(each.data_ptr() for each in (room, outs, sums)))
-
-
-def _library_for(states: torch.Tensor) -> Any:
-    """attend.c, if it takes what looks like this, (..., D)."""
-    return _library() if states.device.type == "cpu" and states.dtype == torch.float32 and states.shape[-1] % TILE == 0 else None
-
-
-@cache
-def _library() -> Any:
-    """attend.c, made for this very processor; None where there is no C compiler.
-
-    Not kept: what is made for one processor may not run on another, and making it takes less than a second.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "attend.so"
-        try:
-            subprocess.run(["cc", "-O3", "-march=native", "-shared", "-fPIC", "-o", made, SOURCE, "-lm"], check=True, capture_output=True)
-            library = ctypes.CDLL(str(made))
-        except (OSError, subprocess.CalledProcessError):
-            return None
-    library.attend.argtypes, library.attend.restype = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 5 + [ctypes.c_void_p] * 3, None
-    return library
 
 
 class Step(Protocol):

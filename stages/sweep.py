@@ -130,7 +130,7 @@ def counted() -> dict[str, dict[str, tuple[int, int]]]:
 def code(stage: str) -> dict[str, str]:
     """path -> MD5 of the code that a stage runs, by dvc.yaml: as for DVC, what other code made is not this code's."""
     deps = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
-    return {path: hashlib.md5((ROOT / path).read_bytes()).hexdigest() for path in deps if path.endswith((".py", ".c"))}
+    return {path: hashlib.md5((ROOT / path).read_bytes()).hexdigest() for path in deps if path.endswith((".py", ".c", ".h"))}
 
 
 def workspace_has(rows: Path, params: dict[str, Any]) -> bool:

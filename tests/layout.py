@@ -15,7 +15,7 @@ CALLED = {"report": "gate"}
 """Stages that start a command of ours, which is imported by nobody."""
 
 
-BESIDE = {"agent/tree_attention.py": {"agent/attend.c"}}
+BESIDE = {"agent/compiled.py": {"agent/attention.c", "agent/elementwise.c", "agent/vectors.h"}}
 """Code in other languages, by the module that takes it."""
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from agent import tree_attention
+from agent import compiled
 from agent.decode import Choice, SchemaChoice, TurnDecoder
 from agent.drafts import CONTEXT, Drafts
 from agent.prefill import Prefill
@@ -166,7 +166,7 @@ def test_a_decoder_can_be_used_again_and_leaves_the_model_as_it_was(decoded):
 def test_without_a_compiler_the_texts_are_the_same(decoded, monkeypatch):
     ways = [patient, lambda: Parting({5: 1}), lambda: Parting({5: 1, 9: 2})]
     with_compiler = decode(*ways)
-    monkeypatch.setattr(tree_attention, "_library", lambda: None)
+    monkeypatch.setattr(compiled, "library", lambda: None)
     assert decode(*ways) == with_compiler
     assert [reply.text for reply in with_compiler[0]] == decoded
 

@@ -17,9 +17,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerState
 
+from agent.fused import fused
 from agent.layer_states import LayerStates
 from agent.merged_lora import merged_lora
-from agent.packing import BLOCK, _fused, _in_blocks, read_packed
+from agent.packing import read_packed
 from agent.student import attention, load_base, only_layers
 from schemas.errors import InputError
 from schemas.tables import Oversampled
@@ -97,21 +98,6 @@ def test_conversations_in_one_line_do_not_see_each_other(model):
             assert torch.allclose(logits, alone, atol=1e-3) and torch.equal(logits.argmax(-1), alone.argmax(-1))
 
 
-@pytest.mark.parametrize("before", [0, 5])
-@pytest.mark.parametrize("rows", [1, BLOCK, 2 * BLOCK + 7])
-def test_attention_in_blocks_is_torchs_own(before, rows):
-    """Values and gradients, in float64 against what a GPU runs."""
-    torch.manual_seed(0)
-    query, upstream = torch.randn(2, 1, 6, rows, 8, dtype=torch.float64)
-    key, value = torch.randn(2, 1, 2, before + rows, 8, dtype=torch.float64)
-    states, found = [each.requires_grad_() for each in (query, key, value)], []
-    for attend in (_in_blocks, _fused):
-        out = attend(*states, 0.3)
-        found.append([out, *torch.autograd.grad(out, states, upstream)])
-    for ours, theirs in zip(*found, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-12)
-
-
 def test_products_are_float32_whoever_computes_them():
     """oneDNN may be told that bfloat16 is precise enough: it is not to make use of it, which would be off by a thousandth."""
     base()
@@ -170,11 +156,13 @@ def test_a_model_made_of_some_layers_is_whole_again_afterwards(model):
 
 def test_an_adapter_added_to_the_weights_gives_the_gradient_of_one_beside_them(model):
     batch = encode("search", "handoff")
+    with fused(model), merged_lora(model):
+        both = gradients(model, batch)
     with merged_lora(model):
         assert sum("forward" in vars(module) for module in model.modules()) == 4 * 7, "every projection of the layers with an adapter"
         merged, loss = gradients(model, batch), nll(model, batch)
     assert not any("forward" in vars(module) for module in model.modules())
-    assert near(merged, gradients(model, batch)) and torch.isclose(loss, nll(model, batch), rtol=1e-5)
+    assert near(both, merged) and near(merged, gradients(model, batch)) and torch.isclose(loss, nll(model, batch), rtol=1e-5)
     packed = get_peft_model(load_base(STUDENT.model_copy(update={"unpack_once": False})), LoraConfig(r=4, target_modules=adapted(30, 29)))
     with merged_lora(packed):
         assert not any("forward" in vars(module) for module in packed.modules()), "packed weights have nothing to be added to"

@@ -1,12 +1,11 @@
-"""Attention of a step's tokens, by attend.c and by torch, against torch's own over all keys at once."""
-
-import subprocess
+"""Attention of a step's tokens, by our C and by torch, against torch's own over all keys at once."""
 
 import pytest
 import torch
 
-from agent import tree_attention
-from agent.tree_attention import TILE, Seen, attend, joined, lay_out
+from agent import compiled
+from agent.compiled import TILE
+from agent.tree_attention import Seen, attend, joined, lay_out
 
 KV = 2
 
@@ -14,8 +13,8 @@ KV = 2
 @pytest.fixture(params=["compiled", "torch"])
 def way(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(tree_attention, "_library", lambda: None)
-    elif tree_attention._library() is None:
+        monkeypatch.setattr(compiled, "library", lambda: None)
+    elif compiled.library() is None:
         pytest.skip("no C compiler here")
     return request.param
 
@@ -79,16 +78,3 @@ def test_attention_in_parts_is_attention_over_all(way, dtype, tolerance, size):
         all_keys, all_values = (torch.cat([each[number, :, seen], each[2]], dim=1) for each in (keys, values))
         out, _ = whole(query[:, [row]].float(), all_keys, all_values, torch.zeros(1, all_keys.shape[1], dtype=torch.bool))
         assert torch.allclose(found[:, [row]].double(), out, atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize("fault", [FileNotFoundError("cc"), subprocess.CalledProcessError(1, "cc")])
-def test_without_a_compiler_there_is_no_library(monkeypatch, fault):
-    def run(*args, **kwargs):
-        raise fault
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert tree_attention._library.__wrapped__() is None
-
-
-def test_the_tile_is_that_of_the_source():
-    assert f"TILE = {TILE}," in tree_attention.SOURCE.read_text(encoding="utf-8")
