@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -93,16 +94,19 @@ class Spend:
         self.sent = self.reused = self.lost = 0
         self.paid_now = self.data = Usage()
         self.wasted_usd = 0.0
-        # 64 bits of each key: names of a million answers would take 150 MB, and two of these are alike once in 40 million runs.
-        self._counted: set[int] = set()
+        self.answers = 0
+        """How many different answers the data rests on."""
+        # Their names, on disk but for half a megabyte: those of a million would take 150 MB. 64 bits of each; two are alike once in 40 million runs.
+        self._counted = sqlite3.connect("", isolation_level=None)
+        self._counted.executescript("PRAGMA journal_mode = OFF; PRAGMA cache_size = -512; CREATE TABLE counted (name INTEGER PRIMARY KEY)")
         self._reserved_usd, self._in_flight = 0.0, 0
         self._changed = asyncio.Condition()
         self._stopped = asyncio.Event()
 
     def count(self, key: str, usage: Usage) -> None:
         """An answer that the data rests on, new or from the cache; each is counted once."""
-        if (name := hash(key)) not in self._counted:
-            self._counted.add(name)
+        if self._counted.execute("INSERT OR IGNORE INTO counted VALUES (?)", (hash(key),)).rowcount:
+            self.answers += 1
             self.data += usage
 
     def stop(self, reason: InputError) -> None:
@@ -150,11 +154,6 @@ class Spend:
                 self._in_flight -= 1
                 self._reserved_usd = self._reserved_usd - worst_usd if self._in_flight else 0.0
                 self._changed.notify_all()
-
-    @property
-    def answers(self) -> int:
-        """How many different answers the data rests on."""
-        return len(self._counted)
 
     def progress(self, projected_usd: float) -> str:
         """Calls, tokens and dollars so far, for a progress bar."""

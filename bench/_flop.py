@@ -10,7 +10,7 @@ layer with an adapter once. Per batch, with P prefix tokens, R other tokens, T =
                 tokens but key and value, since nobody reads what the prefix ends in
     head        2 H V S forward and 2 H V S backward, H the hidden size and V the vocabulary
     attention   2 D pairs for scores and 2 D pairs for values in each layer, D = heads x head size, a pair being a token and
-                one that it sees; twice that backward. Kept apart.
+                one that it sees; twice that backward. A function of its own.
 """
 
 from __future__ import annotations

@@ -222,5 +222,5 @@ def measure(options: argparse.Namespace) -> TrainPart:
         **here, batches=len(setting.batches), conversations=len(setting.conversations), tokens=tokens, trl_batch=setting.trl_batch,
         tokens_per_s=speeds, loss=losses, vs_trl=ratio([a / b for a, b in zip(speeds["ours"], speeds["trl"], strict=True)]), repeats=repeats,
         linear_tflop=flop / 1e12, attention_tflop=attention / 1e12, matmul_gflop_per_s=matmul,
-        vs_roofline=ratio([a / b for a, b in zip(per_s, matmul, strict=True)]),
-        vs_roofline_with_attention=ratio([a * (1 + attention / flop) / b for a, b in zip(per_s, matmul, strict=True)]))
+        vs_roofline=ratio([a * (1 + attention / flop) / b for a, b in zip(per_s, matmul, strict=True)]),
+        vs_roofline_linear=ratio([a / b for a, b in zip(per_s, matmul, strict=True)]))

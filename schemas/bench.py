@@ -55,10 +55,10 @@ class TrainPart(Part):
     vs_trl: Ratio
     repeats: float = Field(ge=1, description="tokens of the whole table over those of its distinct conversations: what TRL reads more of in an epoch")
     linear_tflop: Rate = Field(description="of a round, in linear layers; bench/_flop.py has the formula")
-    attention_tflop: Rate = Field(description="of a round, in attention scores and values; not in `vs_roofline`")
+    attention_tflop: Rate = Field(description="of a round, in attention scores and values")
     matmul_gflop_per_s: list[Rate] = Field(description="of a large torch.mm, fp32, by round")
-    vs_roofline: Ratio = Field(description="linear FLOPs a second over that rate")
-    vs_roofline_with_attention: Ratio
+    vs_roofline: Ratio = Field(description="linear and attention's FLOPs a second over that rate: model FLOPs utilisation (Chowdhery et al. 2022)")
+    vs_roofline_linear: Ratio = Field(description="linear ones alone: at most what they are of linear and attention's")
 
 
 class EvalPart(Part):
@@ -198,7 +198,7 @@ class BenchMetrics(_Bench):
     """`metrics/bench.json`. The ratios are medians over rounds, above 1 means faster than the other."""
 
     train_vs_trl: float | None = Field(description="tokens a second over those of TRL's SFTTrainer")
-    train_vs_roofline: float | None = Field(description="FLOPs a second in linear layers over the machine's fp32 matmul rate")
+    train_vs_roofline: float | None = Field(description="FLOPs a second in linear layers, head and attention over the machine's fp32 matmul rate")
     eval_vs_generate: float | None = Field(description="agent turns a second over those of `generate`, one by one")
     eval_vs_llama_cpp: float | None = Field(description="agent turns a second over those of llama.cpp's server with prompt caching")
     teacher_gen_vs_ideal: float | None = Field(description="ideal time over measured, at the number of slots where it is worst")

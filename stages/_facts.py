@@ -144,7 +144,7 @@ def _is_figure_of_speech(fact: Fact) -> bool:
     return fact.written_out and (fact.kind == "ordinal" or (fact.kind == "" and Decimal(min(fact.digits)) <= LARGEST_FIGURE_OF_SPEECH))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _stated(source: str) -> Stated:
     """The facts of a source. "A month" is 1 month there, and "the 21st" is a day of every month that the same source names."""
     if not source.isascii():
@@ -239,12 +239,12 @@ def _plain(text: str) -> str:
     return _spaced(text).strip(" .,!?")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _spaced(text: str) -> str:
     return " ".join(text.lower().replace("’", "'").split())
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _titles(source: str) -> list[str]:
     """What stands before a colon in its lines, as the passages of a search begin."""
     return [title for line in source.splitlines() if ": " in line and (title := _plain(line.partition(": ")[0]))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -174,6 +175,7 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         if commands := _way_back(os.environ.get("DVC_STAGE", "")):
@@ -182,6 +184,19 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        # What is left in the buffer would raise once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _unread() -> bool:
+    """Whether whoever read standard output has enough, as `head` has after some lines."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # only what is told unasked: that the other end is closed
+    return bool(poll.poll(0))
 
 
 def _way_back(stage: str) -> str:

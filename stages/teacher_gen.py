@@ -14,9 +14,11 @@ the teacher is asked again at some turns of the held-out companies, to see how f
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,6 +86,12 @@ Done = Callable[[int, Company, Scenario, list[Transcript]], None]
 """Takes the attempts at a scenario, with its place in the corpus, as they have ended."""
 
 
+def _give_back() -> None:
+    """Let glibc give free pages between living objects back to the system, a kilobyte a conversation; by itself it does so at the heap's end only."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Held:
     """What has been held: its rows, which lie on disk, and what else is asked of it in the end.
 
@@ -116,6 +124,7 @@ class Held:
 
         self._parts.add(pl.DataFrame(self._rows, schema_overrides={"failure": pl.String, "scenario": pl.String, "cost_usd": pl.Float64}))
         self._rows.clear()
+        _give_back()
 
     def turns(self) -> list[Turn]:
         """Those to ask at again."""

@@ -122,3 +122,12 @@ def test_an_unknown_revision_is_one_sentence():
 def test_whether_base_and_student_share_a_score_is_seen_from_their_areas(base, shared):
     of = {model: {"auc": {"value": value, "recall_at_5_percent": 0.3}} for model, value in (("base", base), ("student", 0.8))}
     assert shared_score({"held_out": {"north": of, "pooled": of}}) == shared
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """As `| head`: nothing is told on standard error."""
+    shown = subprocess.Popen([sys.executable, "-m", "stages.table"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    shown.stdout.close()
+    with shown.stderr as told:
+        assert told.read() == b""
+    assert shown.wait() == 1
