@@ -91,7 +91,7 @@ def _compiled(function: str, query: torch.Tensor, key: torch.Tensor, value: torc
     """
     heads, tokens, size = query.shape[1:]
     longest, threads = int((sequences[2] + sequences[3]).max()), torch.get_num_threads()
-    # Five lists of keys, four tiles of rows and two of scores are what the backward pass needs, and more than the forward pass does.
+    # Five lists of keys, three tiles of rows and two of scores are what the backward pass needs, more than the forward pass; one tile is to spare.
     room = 5 * (longest + -longest % TILE) * size + 4 * TILE * size + 2 * TILE * TILE
     rooms = query.new_empty(threads, room)
     held = dict(zip(("queries_from", "keys_from", "counts", "before"), sequences, strict=True)) | others

@@ -33,11 +33,6 @@ def processor(request, monkeypatch):
         monkeypatch.setattr(compiled, "library", without_avx_512)
 
 
-@pytest.fixture
-def no_compiler(monkeypatch):
-    monkeypatch.setattr(compiled, "library", lambda: None)
-
-
 def states(heads, tokens, size, spread=1.0):
     """(1, heads, tokens, size), as a projection leaves it in memory, with something between the rows."""
     return (torch.randn(1, tokens, heads * size + 5) * spread)[..., :heads * size].unflatten(2, (heads, size)).transpose(1, 2)
@@ -150,12 +145,30 @@ def test_a_family_computes_the_same_fused(processor, family):
     own = computed(model.model, entering)
     with fused(model):
         ours = computed(model.model, entering)
-        # More than one conversation at a time, and other types, are the model's own business.
+        # More than one conversation at a time is rotated by the model itself.
         batch = model.model(inputs_embeds=entering.expand(2, -1, -1)).last_hidden_state
     assert near(ours, own, 1e-5) and not torch.equal(ours[0], own[0])
     assert near([batch[1:]], [own[0]], 1e-5)
     again = computed(model.model, entering)
     assert all(torch.equal(one, other) for one, other in zip(again, own, strict=True)), "afterwards the model is as it was"
+
+
+@with_compiler
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_norms_gates_and_rotations_are_ours_forth_and_back(family, monkeypatch):
+    """The results alone would be right without."""
+    called, made = set(), library()
+
+    class Watched:
+        def __getattr__(self, name):
+            called.add(name)
+            return getattr(made, name)
+
+    monkeypatch.setattr(compiled, "library", Watched)
+    model = tiny(family)
+    with fused(model):
+        computed(model.model, torch.randn(1, 9, 2 * TILE))
+    assert called == {"norm", "norm_back", "gated", "gated_back", "rotate"}
 
 
 @pytest.mark.parametrize("family, others", [("gemma", {}), ("Llama", {"hidden_act": "gelu"})])
@@ -175,7 +188,8 @@ def test_widths_that_do_not_fit_are_torchs(width):
         assert near(computed(model.model, entering), own, 1e-5)
 
 
-def test_nothing_is_fused_without_a_compiler(no_compiler):
+def test_nothing_is_fused_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(compiled, "library", lambda: None)
     model, entering = tiny("Llama"), torch.randn(1, 9, 2 * TILE)
     own = computed(model.model, entering)
     with fused(model):
