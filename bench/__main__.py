@@ -1,7 +1,7 @@
 """`python -m bench [part]`: measure how fast the loop is, beside what others or the machine would do.
 
-Without a part, all of them, each in a process of its own. Every part puts its figures into metrics/bench.json and leaves
-the others'. `python -m bench PART --help` shows what can be made smaller.
+Without a part, all of them but `trl_student`, which takes an hour, each in a process of its own. Every part puts its figures
+into metrics/bench.json and leaves the others'. `python -m bench PART --help` shows what can be made smaller.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from stages._stage import run, say
 
 PARTS = ("start_up", "teacher_gen", "tables", "train", "eval", "repro")
 """In the order in which `make bench` runs them: the long ones last."""
+BY_NAME = "trl_student"
+"""The part that `make bench` leaves out: it says how good a student is, not how fast, and takes an hour."""
 
 
 def arguments() -> argparse.Namespace:
     """The command line: a part and its sizes."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=f"Measure speed; results go to {RESULTS}.")
-    parts = parser.add_subparsers(dest="part", metavar="|".join(PARTS))
-    for name in PARTS:
+    parts = parser.add_subparsers(dest="part", metavar="|".join((*PARTS, BY_NAME)))
+    for name in (*PARTS, BY_NAME):
         module = import_module(f"bench.{name}")
         described = str(module.__doc__)
         module.add_arguments(parts.add_parser(name, description=described, help=described.splitlines()[0],
@@ -34,7 +36,7 @@ def arguments() -> argparse.Namespace:
 
 
 def run_all() -> None:
-    """Every part in a process of its own, so that one's memory is not another's.
+    """Every part of `PARTS` in a process of its own, so that one's memory is not another's.
 
     Raises:
         InputError: a part failed; those that did not are in the file.

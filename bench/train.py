@@ -57,11 +57,10 @@ class Setting:
         """The conversations of all batches."""
         return [example.encoded for batch in self.batches for example in batch]
 
-    @property
-    def trl_batch(self) -> int:
-        """Conversations in a batch of TRL's: as many as make `batch_tokens` at their mean length."""
-        mean = sum(len(encoded.ids) for encoded in self.conversations) / len(self.conversations)
-        return max(1, round(self.params.batch_tokens / mean))
+
+def conversations_a_batch(conversations: list[Encoded], params: QloraTrainParams) -> int:
+    """Conversations in a batch of TRL's: as many as make `batch_tokens` at their mean length."""
+    return max(1, round(params.batch_tokens * len(conversations) / sum(len(encoded.ids) for encoded in conversations)))
 
 
 def adapted_model(student: StudentParams, params: QloraTrainParams) -> Any:
@@ -133,19 +132,19 @@ def torchs_own_products() -> Iterator[None]:
         mkldnn.matmul.fp32_precision = before
 
 
-def trl_round(model: Any, setting: Setting, conversations: list[Encoded], folder: Path) -> tuple[float, float]:
-    """One pass over conversations with TRL's trainer: seconds, and the mean loss."""
+def trl_round(
+        model: Any, tokenizer: Any, params: QloraTrainParams, conversations: list[Encoded], batch: int, folder: Path) -> tuple[float, float]:
+    """One training of `epochs` passes over conversations with TRL's trainer, `batch` at a time: seconds, and the mean loss."""
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    params = setting.params
     config = SFTConfig(
-        output_dir=str(folder), per_device_train_batch_size=setting.trl_batch, num_train_epochs=1, learning_rate=params.learning_rate,
+        output_dir=str(folder), per_device_train_batch_size=batch, num_train_epochs=params.epochs, learning_rate=params.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=0.05, weight_decay=0.0, max_grad_norm=1.0, seed=params.seed, data_seed=params.seed,
         report_to="none", gradient_checkpointing=False, bf16=False, fp16=False, max_length=None, dataloader_pin_memory=False)
     rows = [{"input_ids": encoded.ids, "labels": encoded.labels()} for encoded in conversations]
-    trainer = SFTTrainer(model=model, args=config, processing_class=setting.tokenizer, train_dataset=Dataset.from_list(rows))
+    trainer = SFTTrainer(model=model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows))
     for parameter in model.parameters():
         if parameter.requires_grad:  # TRL turns the adapter of a packed model to bfloat16; ours is float32
             parameter.data = parameter.data.float()
@@ -202,6 +201,7 @@ def measure(options: argparse.Namespace) -> TrainPart:
     ours = adapted_model(setting.student, setting.params)
     trl = adapted_model(setting.student.model_copy(update={"unpack_once": False}), setting.params)
     tokens, first = sum(len(encoded.ids) for encoded in setting.conversations), setting.params.first_layer
+    batch = conversations_a_batch(setting.conversations, setting.params)
     flop = sum(linear_flop(ours, backbone(ours).layers, first, setting.batches))
     attention = attention_flop(ours.config.get_text_config(), first, setting.batches)
     speeds: dict[str, list[float]] = {"ours": [], "trl": []}
@@ -210,16 +210,17 @@ def measure(options: argparse.Namespace) -> TrainPart:
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         # One step of each first: what is made once is made before the clock runs.
         our_round(ours, setting, setting.batches[:1], Path(folder) / "ours")
-        trl_round(trl, setting, setting.conversations[:setting.trl_batch], Path(folder) / "trl")
+        trl_round(trl, setting.tokenizer, setting.params, setting.conversations[:batch], batch, Path(folder) / "trl")
         for _ in range(options.rounds):
             matmul.append(matmul_rate())
             for name, (seconds, loss) in (("ours", our_round(ours, setting, setting.batches, Path(folder) / "ours")),
-                                          ("trl", trl_round(trl, setting, setting.conversations, Path(folder) / "trl"))):
+                                          ("trl", trl_round(trl, setting.tokenizer, setting.params, setting.conversations, batch,
+                                                            Path(folder) / "trl"))):
                 speeds[name].append(tokens / seconds)
                 losses[name].append(loss)
     per_s = [flop * speed / tokens / 1e9 for speed in speeds["ours"]]
     return TrainPart(
-        **here, batches=len(setting.batches), conversations=len(setting.conversations), tokens=tokens, trl_batch=setting.trl_batch,
+        **here, batches=len(setting.batches), conversations=len(setting.conversations), tokens=tokens, trl_batch=batch,
         tokens_per_s=speeds, loss=losses, vs_trl=ratio([a / b for a, b in zip(speeds["ours"], speeds["trl"], strict=True)]), repeats=repeats,
         linear_tflop=flop / 1e12, attention_tflop=attention / 1e12, matmul_gflop_per_s=matmul,
         vs_roofline=ratio([a * (1 + attention / flop) / b for a, b in zip(per_s, matmul, strict=True)]),

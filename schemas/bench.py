@@ -61,6 +61,26 @@ class TrainPart(Part):
     vs_roofline_linear: Ratio = Field(description="linear ones alone: at most what they are of linear and attention's")
 
 
+class PairedRate(_Bench):
+    """One rate of two students, over the same turns; what is said of the difference draws whole conversations."""
+
+    k_trl: Count
+    k_ours: Count
+    n: Count = Field(description="turns that the rate is of")
+    lost: Count = Field(description="turns that count for TRL's student alone")
+    gained: Count = Field(description="turns that count for ours alone")
+    difference: float | None = Field(description="ours less TRL's, a share; null for no turns")
+    low: float | None = Field(description="of its 95 % interval")
+    high: float | None
+    cluster_p: float = Field(ge=0, le=1, description="of no difference, by Fisher's randomisation test")
+
+
+class TrlStudentPart(Part):
+    """A student that TRL's SFTTrainer trained on the whole table, beside ours, on the turns of the held-out companies."""
+
+    rates: dict[str, dict[str, PairedRate]] = Field(description="company, or `pooled` -> action_accuracy, escalate_recall, over_escalation")
+
+
 class EvalPart(Part):
     """Agent turns of held-out conversations, taken by our decoder, by `generate`, and by llama.cpp's server."""
 
@@ -189,6 +209,7 @@ class Details(_Bench):
     train: TrainPart | None = None
     eval: EvalPart | None = None
     repro: ReproPart | None = None
+    trl_student: TrlStudentPart | None = None
 
 
 MILLION = 1_000_000

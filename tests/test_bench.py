@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from agent.compiled import TILE, library
 from agent.encode import Encoded
 from agent.student import backbone
-from bench import repro, tables
+from bench import repro, tables, trl_student
 from bench._copies import many_scenarios
 from bench._flop import READ_BY_OTHERS, _linear, linear_flop
 from bench._measure import RESULTS, ProcessFailed, add_result, ratio, read_results, this_machine, watch
@@ -25,7 +25,9 @@ from schemas.action import parse_action
 from schemas.bench import BenchMetrics, Machine, TablesPart
 from schemas.company import Kind
 from schemas.errors import InputError
+from stages import predict
 from stages._batches import Collator, Example
+from stages.eval_exact import gold_turns
 from stages.qlora_train import adapted, supervised_nll
 from tests.helpers import PARAMS, inside, played, real, traces, workspace
 from tests.layout import ROOT
@@ -261,7 +263,7 @@ def small_student(space):
     """A workspace whose student has four tiny layers."""
     tiny_model().save_pretrained(space / "tiny")
     tokenizer().save_pretrained(space / "tiny")
-    workspace(space, student={"weights": "tiny"}, qlora_train={"first_layer": 2}, predict={"max_new_tokens": 6})
+    workspace(space, student={"weights": str(space / "tiny")}, qlora_train={"first_layer": 2}, predict={"max_new_tokens": 6})
     rows = real_traces(6).select("conversation_id", "company", "index", "role", "content", "scenario").with_columns(
         system=pl.lit("Be short."), kind=pl.lit("ordinary"))
     for path, table in (("data/verify/held_out.parquet", rows), ("data/oversample/train.parquet", rows.with_columns(copy=pl.lit(0, dtype=pl.Int64)))):
@@ -282,6 +284,32 @@ def test_training_and_evaluation_are_measured_against_others(small_student):
     assert evaluation.turns["generate"] == [3, 3] and evaluation.turns["llama_cpp"] == [] and evaluation.model == "base"
     assert results.eval_vs_llama_cpp is None and "vs_llama_cpp" in evaluation.missing
     assert not (ROOT / "metrics/qlora_train/params.yaml").exists(), "training wrote into the repository"
+
+
+@pytest.mark.long
+def test_a_student_of_trls_trainer_is_set_beside_ours_turn_by_turn(small_student, space, monkeypatch):
+    """Ours says what the gold step says, which a tiny model of random weights does not."""
+    def spent(*_):
+        raise AssertionError("an hour of training was spent for nothing")
+
+    monkeypatch.setattr(trl_student, "CACHE", space / "cache")
+    gold = gold_turns(held_out := pl.read_parquet(predict.HELD_OUT))
+    ours = held_out.filter(pl.col("role") == "agent").join(gold, on=["conversation_id", "index"]).select(
+        "conversation_id", "number", model=pl.lit("student"), decoding=pl.lit("free"), raw="content", other=pl.lit(None, dtype=pl.String))
+    predict.STUDENT_REPLIES.parent.mkdir(parents=True)
+    ours.tail(-1).write_parquet(predict.STUDENT_REPLIES)
+    with monkeypatch.context() as patched, pytest.raises(InputError, match=f"replied to {len(gold) - 1} of {len(gold)}"):
+        patched.setattr(trl_student, "train", spent)
+        trl_student.measure(options(trl_student))
+    ours.write_parquet(predict.STUDENT_REPLIES)
+    part = trl_student.measure(options(trl_student))
+    turns, handoffs = len(gold), int((gold["gold_action"] == "escalate").sum())
+    for name, k, n in (("action_accuracy", turns, turns), ("escalate_recall", handoffs, handoffs), ("over_escalation", 0, turns - handoffs)):
+        found = part.rates["pooled"][name]
+        assert (found.k_trl, found.k_ours, found.n, found.gained, found.lost) == (0, k, n, k, 0), name
+    assert set(part.rates) == {"gym", "travel", "pooled"} and part.rates["pooled"]["action_accuracy"].difference == 1
+    monkeypatch.setattr(trl_student, "train", spent)
+    assert trl_student.measure(options(trl_student)).rates == part.rates
 
 
 @pytest.mark.long
