@@ -54,6 +54,16 @@ def test_the_benchmarks_in_readme_are_those_of_the_metrics(readme):
         assert figure == f"{measured[name]:.{len(figure.partition('.')[2])}f}", name
 
 
+def test_readme_says_what_trls_student_does_beside_ours(readme):
+    of = json.loads((ROOT / RESULTS).read_text(encoding="utf-8"))["details"]["trl_student"]["rates"]["pooled"]
+    accuracy, found, needless = (of[rate] for rate in ("action_accuracy", "escalate_recall", "over_escalation"))
+    points = "{:+.1f} points (95 %: {:+.1f} to {:+.1f})".format(*(100 * accuracy[name] for name in ("difference", "low", "high")))
+    text = " ".join(documented("Benchmarks").split())
+    assert f"in {accuracy['k_trl']} of {accuracy['n']} held-out turns, ours in {accuracy['k_ours']}: {points}" in text
+    handoffs = f"{found['k_trl']} of {found['n']} hand-offs at {needless['k_trl']} of {needless['n']} needless ones"
+    assert f"{handoffs}, ours {found['k_ours']} at {needless['k_ours']}" in text
+
+
 def test_readmes_first_screen_says_what_calibrate_measured(readme):
     detail = json.loads((ROOT / "metrics/calibrate_detail.json").read_text(encoding="utf-8"))
     of = detail["held_out"]["pooled"]
